@@ -1,0 +1,209 @@
+"""The slice store: its schema, how a case is written, and how a store is opened.
+
+    STORE/                      Zarr v3 group; attributes: format, version, labels, window, layout
+    STORE/cases/<case>/         group; attributes: see `Case`; `complete` is written last and makes the case visible
+    STORE/cases/<case>/image    (Z, H, W) int16 or float32
+    STORE/cases/<case>/label    (Z, H, W) uint8: 0 background, 1 organ, 2 tumour
+    STORE/splits/<name>/        group; attributes: train, val, test (case names), seed and how it was made
+
+Slices are axial. The axes run to (inferior, posterior, left), which is the way KiTS19 is stored. One chunk is one
+slice and one shard is up to 64 slices, compressed with lz4 after a bit shuffle, with a crc32c over every chunk.
+Empty chunks are written, so that a chunk that is not there is always damage.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import BloscCodec, Crc32cCodec
+
+from .errors import UserError, unknown_name
+
+FORMAT = "spark-dist slice store"
+VERSION = 1
+AXES = ("I", "P", "L")
+LABELS = ("background", "organ", "tumour")
+SHARD_SLICES = 64
+
+TASKS = {"organ": (1, 2), "tumour": (2,)}
+"""The stored labels that are each task's target. A tumour lies in the organ and belongs to it."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is known of a case without reading its voxels."""
+
+    name: str
+    shape: tuple[int, int, int]
+    """Slices, rows, columns."""
+    dtype: str
+    affine: np.ndarray
+    """4×4, from (slice, row, column) to world coordinates in mm (RAS+)."""
+    spacing: tuple[float, float, float]
+    """mm between slices, rows, columns."""
+    window: tuple[float, float]
+    """The intensities that training maps to −1 and 1."""
+    label_counts: np.ndarray
+    """(Z, 3) voxels of background, organ, tumour in each slice."""
+    source: dict[str, Any]
+    """The files that the case was made of: name and sha256 of image and label, and the image's orientation, shape,
+    affine and dtype."""
+
+    def task_slices(self, task: str) -> np.ndarray:
+        """Indices of the slices that have voxels of the task's target."""
+        return np.flatnonzero(self.label_counts[:, TASKS[task]].sum(axis=1))
+
+
+@dataclass(frozen=True)
+class Store:
+    """An opened slice store. Voxels are read from `path` by whoever needs them."""
+
+    path: Path
+    attributes: dict[str, Any]
+    cases: dict[str, Case]
+    """Complete cases, sorted by name."""
+    splits: dict[str, dict[str, Any]]
+
+    def split(self, name: str, part: str) -> list[str]:
+        """The cases of one part (train, val, test) of the named split."""
+        if name not in self.splits:
+            if not self.splits:
+                raise UserError(f"{self.path}: the store has no split yet; make one with: spark-data split {self.path}")
+            raise UserError(f"{self.path}: {unknown_name('split', name, self.splits)}")
+        cases = self.splits[name][part]
+        if missing := [case for case in cases if case not in self.cases]:
+            raise UserError(
+                f"{self.path}: split '{name}' names cases that are not in the store: {', '.join(missing[:5])}; "
+                "prepare them, or make another split with --name"
+            )
+        return cases
+
+    def fingerprint(self) -> str:
+        """A hash of everything that voxels follow from: sources' hashes, label mapping, window."""
+        facts = {name: [case.source, case.window, case.shape] for name, case in self.cases.items()}
+        return hashlib.sha256(json.dumps([self.attributes, facts], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def create_store(path: Path, attributes: Mapping[str, Any]) -> None:
+    """Make an empty store, or check that the one at `path` was made with the same attributes.
+
+    Raises `UserError` if something else is at `path`, or a store with other labels, window or layout.
+    """
+    path = Path(path)
+    wanted = {"format": FORMAT, "version": VERSION, **json.loads(json.dumps(dict(attributes)))}
+    if (path / "zarr.json").exists():
+        found = _root_attributes(path)
+        if differing := [key for key, value in wanted.items() if found.get(key) != value]:
+            key = differing[0]
+            raise UserError(
+                f"{path}: this store was made with {key}={found.get(key)!r}, not {wanted[key]!r}; "
+                "prepare into another folder, or give the same options"
+            )
+        return
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: exists and is no slice store; name an empty or new folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    root = zarr.create_group(path, attributes=wanted)
+    root.create_group("cases")
+    root.create_group("splits")
+
+
+def write_case(path: Path, name: str, image: np.ndarray, label: np.ndarray, attributes: Mapping[str, Any]) -> None:
+    """Write one case whole. It becomes visible when its last byte is in place, and replaces one of the same name.
+
+    `image` (Z, H, W) int16 or float32; `label` (Z, H, W) uint8 of 0, 1, 2; `attributes`: affine, spacing, window,
+    source (see `Case`). The label counts are added here.
+    """
+    delete_case(path, name)
+    group = zarr.open_group(Path(path), mode="r+").create_group(f"cases/{name}")
+    for key, voxels in (("image", image), ("label", label)):
+        array = group.create_array(
+            key,
+            shape=voxels.shape,
+            dtype=voxels.dtype,
+            chunks=(1, *voxels.shape[1:]),
+            shards=(min(SHARD_SLICES, len(voxels)), *voxels.shape[1:]),
+            compressors=[
+                BloscCodec(typesize=voxels.dtype.itemsize, cname="lz4", clevel=5, shuffle="bitshuffle"),
+                Crc32cCodec(),
+            ],
+            config={"write_empty_chunks": True},
+            dimension_names=("slice", "row", "column"),
+        )
+        array[...] = voxels
+    counts = np.stack([(label == value).sum(axis=(1, 2)) for value in range(len(LABELS))], axis=1)
+    group.update_attributes({**attributes, "label_counts": counts.tolist(), "complete": True})
+
+
+def delete_case(path: Path, name: str) -> None:
+    """Remove a case, its mark of completeness first."""
+    folder = Path(path) / "cases" / name
+    (folder / "zarr.json").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_split(path: Path, name: str, record: Mapping[str, Any]) -> None:
+    """Record a split under a name that is not taken. A split never changes."""
+    splits = zarr.open_group(Path(path), mode="r+")["splits"]
+    if name in splits:
+        raise UserError(f"{path}: a split '{name}' exists and a split never changes; give another --name")
+    splits.create_group(name, attributes=dict(record))
+
+
+def open_store(path: Path) -> Store:
+    """Open a store for reading.
+
+    Raises `UserError` if there is no store at `path`, it was made by another version, or it holds no case.
+    """
+    path = Path(path)
+    attributes = _root_attributes(path)
+    if attributes.get("version") != VERSION:
+        raise UserError(
+            f"{path}: a slice store of version {attributes.get('version')}, and this program reads version {VERSION}; "
+            "prepare it again from the NIfTI files"
+        )
+    cases = {}
+    for file in sorted(path.glob("cases/*/zarr.json")):
+        facts = _read_json(file).get("attributes", {})
+        if facts.get("complete"):
+            cases[file.parent.name] = _case(file.parent, facts)
+    if not cases:
+        raise UserError(f"{path}: the store holds no complete case; run spark-data prepare")
+    splits = {file.parent.name: _read_json(file)["attributes"] for file in sorted(path.glob("splits/*/zarr.json"))}
+    return Store(path=path, attributes=attributes, cases=cases, splits=splits)
+
+
+def _case(folder: Path, facts: dict[str, Any]) -> Case:
+    array = _read_json(folder / "image" / "zarr.json")
+    return Case(
+        name=folder.name,
+        shape=tuple(array["shape"]),
+        dtype=array["data_type"],
+        affine=np.array(facts["affine"]),
+        spacing=tuple(facts["spacing"]),
+        window=tuple(facts["window"]),
+        label_counts=np.array(facts["label_counts"], dtype=np.int64).reshape(-1, len(LABELS)),
+        source=facts["source"],
+    )
+
+
+def _root_attributes(path: Path) -> dict[str, Any]:
+    if not (path / "zarr.json").exists():
+        raise UserError(f"{path}: no slice store here; make one with: spark-data prepare INPUT {path} --layout …")
+    attributes = _read_json(path / "zarr.json").get("attributes", {})
+    if attributes.get("format") != FORMAT:
+        raise UserError(f"{path}: a Zarr group, but no slice store")
+    return attributes
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{file}: can't be read ({error}); prepare this case again") from None

@@ -1,0 +1,48 @@
+"""Distillation methods by name.
+
+A method is a `Distiller` built as `Method(student, teacher, **weights)`, where `student` and `teacher` are the
+`Taps` of the two networks. A new method is one file and one line here.
+"""
+
+import inspect
+
+from data_tools.errors import UserError, unknown_name
+from spark_dist.networks.base import Taps
+
+from .base import Distiller
+from .kd import KD
+from .spark import SPARK
+
+__all__ = ["DISTILLERS", "Distiller", "build_distiller", "distiller_settings"]
+
+DISTILLERS = {
+    "kd": KD,
+    "spark": SPARK,
+}
+
+STRUCTURAL = {"self", "student", "teacher", "samples"}
+"""Constructor arguments that follow from the networks and the data, so that no recipe sets them."""
+
+
+def distiller_settings(name: str) -> dict[str, float]:
+    """The weights and settings of a method with their defaults."""
+    if name not in DISTILLERS:
+        raise unknown_name("distillation method", name, DISTILLERS)
+    parameters = inspect.signature(DISTILLERS[name].__init__).parameters
+    return {key: p.default for key, p in parameters.items() if key not in STRUCTURAL}
+
+
+def build_distiller(name: str, student: Taps, teacher: Taps, samples: int = 0, **weights: float) -> Distiller:
+    """A distillation method with fresh connectors.
+
+    `samples` is the number of training slices, for methods with a memory bank. `weights` override the method's
+    defaults (`distiller_settings`).
+
+    Raises `UserError` for a method or a weight that does not exist.
+    """
+    known = distiller_settings(name)
+    for key in weights:
+        if key not in known:
+            raise UserError(f"method '{name}': {unknown_name('weight', key, known)}")
+    structural = {"samples": samples} if "samples" in inspect.signature(DISTILLERS[name].__init__).parameters else {}
+    return DISTILLERS[name](student=student, teacher=teacher, **structural, **weights)

@@ -1,0 +1,33 @@
+"""What every distillation method has in common."""
+
+from torch import Tensor, nn
+
+from spark_dist.networks.base import NetworkOutput
+
+
+class Distiller(nn.Module):
+    """A distillation method: what it needs of the teacher, and the loss terms it asks of the student.
+
+    Its parameters (connectors) are built once and train with the student. Every keyword of a subclass's
+    constructor that is not `student`, `teacher` or `samples` is a weight or setting of the method which recipes
+    and the command line can set by that name.
+
+    Throughout, N is the batch, `mask` is the one-hot truth (N, 2, H, W) in float: background, target.
+    """
+
+    def teacher_targets(self, teacher: NetworkOutput, mask: Tensor) -> dict[str, Tensor]:
+        """All that this method needs to know of the teacher, per sample, batch first, and nothing more.
+
+        This is what the teacher cache stores: a pure function of one sample's teacher output and mask, free of
+        this module's parameters and of the other samples in the batch.
+        """
+        raise NotImplementedError
+
+    def forward(
+        self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
+    ) -> dict[str, Tensor]:
+        """Named, weighted loss terms (scalars). Their sum is the training loss.
+
+        `index` (N,) int64 is each sample's position among the training slices.
+        """
+        raise NotImplementedError

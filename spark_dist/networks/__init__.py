@@ -1,0 +1,34 @@
+"""Segmentation networks by name.
+
+A network is an `nn.Module` built as `Network(in_channels, classes, width)`. It has the attributes `taps`
+(`Taps`: channels and stride of its two feature maps) and `stride` (the crop's sides must be multiples of it),
+and its forward takes (N, in_channels, H, W) and returns a `NetworkOutput`. Every parameter takes part in the
+logits. A new network is one file and one line here.
+"""
+
+from torch import nn
+
+from data_tools.errors import unknown_name
+
+from .base import NetworkOutput, Tap, Taps
+from .enet import ENet
+from .unet import UNet
+
+__all__ = ["NETWORKS", "NetworkOutput", "Tap", "Taps", "build_network"]
+
+NETWORKS = {
+    "enet": ENet,
+    "unet": UNet,
+}
+
+
+def build_network(name: str, in_channels: int = 1, classes: int = 2, width: float = 1.0) -> nn.Module:
+    """A network with fresh weights.
+
+    `width` multiplies the number of filters of every layer (1.0 is the published network).
+
+    Raises `UserError` for a name that is not in `NETWORKS`.
+    """
+    if name not in NETWORKS:
+        raise unknown_name("network", name, NETWORKS)
+    return NETWORKS[name](in_channels=in_channels, classes=classes, width=width)
