@@ -1,0 +1,127 @@
+"""The options of `train` and `distill`: their names, defaults and help. The defaults are the original system's."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from data_tools.errors import UserError
+from spark_dist.data import ORIENTATIONS, UPRIGHT, Crop
+
+
+@dataclass(kw_only=True)
+class TrainingOptions:
+    """What training with and without a teacher have in common."""
+
+    dataset: Path
+    """Slice store made by spark-data prepare."""
+    task: Literal["organ", "tumour"]
+    """What is segmented: the organ with its tumours, or the tumours."""
+    split: str = "default"
+    """Name of the split in the store."""
+    slices: Literal["labelled", "all"] = "labelled"
+    """Train on the slices that show the target, or on all."""
+    crop: int | tuple[int, int] = 384
+    """Size of the crop in pixels: one side of a square, or [rows, columns]."""
+    crop_shift: tuple[int, int] = (-14, -4)
+    """How far the crop lies off the slice's centre, in pixels [rows, columns]; the default is [50:434, 60:444] of a
+    512×512 slice."""
+    augment: bool = True
+    """Train on flips and quarter turns (a rectangular crop: flips and half turns)."""
+    batch_size: int = 16
+    """Slices for each optimizer step, over all processes together."""
+    epochs: int = 90
+    """Passes over the training slices."""
+    lr: float = 1e-3
+    """Adam's learning rate at the start."""
+    lr_min: float = 1e-6
+    """Learning rate that the cosine schedule ends at."""
+    seed: int = 3407
+    """Seed of weights, order, orientations and dropout."""
+    threshold: float = 0.5
+    """Probability from which a voxel is predicted as the target, in whole-volume evaluation."""
+    val_every: int = 1
+    """Epochs between evaluations on the val cases; the best epoch is chosen by the mean Dice over them."""
+    workers: int = 0
+    """Processes that read batches ahead, for each training process (0: none; TensorStore reads in threads)."""
+    log_every: int = 10
+    """Steps between looks at the loss and at signals to stop."""
+    checkpoint_minutes: float = 10
+    """Minutes between checkpoints for resuming within an epoch; there is one after each epoch anyway."""
+    out: Path | None = None
+    """Folder of this job; the default is made of its options, under runs/. The same command resumes there."""
+    overwrite: bool = False
+    """Begin again although the folder holds a job."""
+    tracking_uri: str = "sqlite:///mlflow.db"
+    """MLflow tracking server, or a local SQLite file."""
+    experiment: str = ""
+    """MLflow experiment; the default is dataset-task."""
+
+    def __post_init__(self):
+        for name in ("batch_size", "epochs", "val_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 < self.threshold < 1:
+            raise UserError(f"--threshold is a probability between 0 and 1, not {self.threshold}")
+        if not 0 <= self.lr_min <= self.lr:
+            raise UserError(f"--lr_min ({self.lr_min}) must lie between 0 and --lr ({self.lr})")
+
+    @property
+    def crop_window(self) -> Crop:
+        size = (self.crop, self.crop) if isinstance(self.crop, int) else tuple(self.crop)
+        return Crop(size, tuple(self.crop_shift))
+
+    @property
+    def orientation_choices(self) -> tuple[int, ...]:
+        rows, columns = self.crop_window.size
+        return (0,) if not self.augment else tuple(range(ORIENTATIONS)) if rows == columns else UPRIGHT
+
+    @property
+    def experiment_name(self) -> str:
+        return self.experiment or f"{self.dataset.stem}-{self.task}"
+
+
+@dataclass(kw_only=True)
+class TrainOptions(TrainingOptions):
+    """Train a network without a teacher."""
+
+    network: str
+    """Name of the network."""
+    width: float = 1.0
+    """Factor on the network's number of filters."""
+
+    @property
+    def folder(self) -> Path:
+        return self.out or Path("runs", self.experiment_name, f"{self.network}-w{self.width:g}-seed{self.seed}")
+
+
+@dataclass(kw_only=True)
+class DistillOptions(TrainingOptions):
+    """Train a student with a teacher, which is trained first unless its checkpoint is given."""
+
+    teacher: str = "unet"
+    """Name of the teacher's network."""
+    teacher_width: float = 1.0
+    """Factor on the teacher's number of filters."""
+    teacher_epochs: int = 0
+    """Epochs of the teacher's own training (0: as many as the student's)."""
+    teacher_checkpoint: Path | None = None
+    """A trained teacher (.safetensors), which takes the place of its training."""
+    student: str = "enet"
+    """Name of the student's network."""
+    student_width: float = 1.0
+    """Factor on the student's number of filters."""
+    method: str = "spark"
+    """Name of the distillation method."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Weights and settings of the method that differ from its defaults, for instance --weights.gain 10."""
+    cache: Literal["on", "off"] = "on"
+    """Keep what the method needs of the teacher on disk, or compute it at every step."""
+    cache_folder: Path = Path("runs/teacher-cache")
+    """Where teacher caches lie; a file system that all processes share."""
+    cache_dtype: Literal["float16", "float32"] = "float16"
+    """Number format of cached teacher targets."""
+
+    @property
+    def folder(self) -> Path:
+        name = f"{self.teacher}-{self.student}-{self.method}-seed{self.seed}"
+        return self.out or Path("runs", self.experiment_name, name)

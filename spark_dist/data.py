@@ -1,0 +1,318 @@
+"""From a slice store to batches on the training device.
+
+Which slice is seen when, and how it is oriented, is a function of (seed, epoch, slice): nothing here has a state that
+a checkpoint would need. A sample is named by its key = row in the slice table × 8 + orientation, and the teacher cache
+uses the same keys.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorstore as ts
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data_tools.errors import UserError
+from data_tools.store import TASKS, Case, Store
+
+ORIENTATIONS = 8
+"""The dihedral group D4: orientation = quarter turns + 4 × (flipped left to right first)."""
+UPRIGHT = (0, 2, 4, 6)
+"""The orientations without quarter turns, which keep the sides of a rectangle."""
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A window of fixed size in the plane of a slice, off the slice's centre by `shift` pixels (rows, columns).
+
+    Where it reaches beyond the slice, it is filled with the intensity that maps to −1 and with background.
+    """
+
+    size: tuple[int, int]
+    shift: tuple[int, int] = (0, 0)
+
+    def overlap(self, plane: tuple[int, int]) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+        """The part of a slice of size `plane` that the crop covers, and where in the crop that part lies."""
+        inside, placed = [], []
+        for length, size, shift in zip(plane, self.size, self.shift, strict=True):
+            start = (length - size) // 2 + shift
+            low, high = max(start, 0), min(start + size, length)
+            inside.append(slice(low, max(low, high)))
+            placed.append(slice(low - start, max(low, high) - start))
+        return tuple(inside), tuple(placed)
+
+
+def orient(images: np.ndarray, orientation: int) -> np.ndarray:
+    """A view of (…, H, W) in one of the eight orientations."""
+    if orientation >= 4:
+        images = images[..., ::-1]
+    return np.rot90(images, orientation % 4, axes=(-2, -1))
+
+
+@dataclass(frozen=True)
+class SliceTable:
+    """The slices of some cases, as arrays rather than objects, so that workers share their memory."""
+
+    store: Store
+    cases: tuple[str, ...]
+    case: np.ndarray
+    """(n,) position of each slice's case in `cases`."""
+    slice: np.ndarray
+    """(n,) each slice's index in its case."""
+
+    def __len__(self) -> int:
+        return len(self.case)
+
+    def name(self, row: int) -> str:
+        """A slice as a person would name it."""
+        return f"{self.cases[self.case[row]]} slice {self.slice[row]}"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the sources, windows and places of all slices."""
+        facts = [[name, c.source, c.window, c.shape] for name in self.cases for c in [self.store.cases[name]]]
+        digest = hashlib.sha256(json.dumps([facts, self.store.attributes["labels"]], sort_keys=True).encode())
+        digest.update(np.stack([self.case, self.slice]).astype(np.int64).tobytes())
+        return digest.hexdigest()[:16]
+
+
+def slice_table(store: Store, split: str, part: str, task: str, slices: str = "labelled") -> SliceTable:
+    """The slices of one part of a split: those with the task's target (`labelled`) or `all`.
+
+    Raises `UserError` if there is none.
+    """
+    cases = tuple(store.split(split, part))
+    rows = [
+        (position, z)
+        for position, name in enumerate(cases)
+        for z in (store.cases[name].task_slices(task) if slices == "labelled" else range(store.cases[name].shape[0]))
+    ]
+    if not rows:
+        raise UserError(
+            f"{store.path}: the {part} part of split '{split}' has no slice with {task}; "
+            "make another split (spark-data split --name), or train the other task"
+        )
+    case, index = np.array(rows, dtype=np.int32).T
+    return SliceTable(store=store, cases=cases, case=case, slice=index)
+
+
+class VoxelReader:
+    """Reads voxels of a store through TensorStore.
+
+    Arrays are opened when they are first needed, in the process that needs them: TensorStore's threads do not survive
+    a fork, and handles are left behind when this object is sent to a worker.
+    """
+
+    def __init__(self, store: Store):
+        self.path = store.path
+        self._forget()
+
+    def _forget(self) -> None:
+        self._arrays: dict[tuple[str, str], Any] = {}
+        self._process = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.path = state["path"]
+        self._forget()
+
+    def array(self, case: str, kind: str) -> ts.TensorStore:
+        """The `image` or `label` of a case, (Z, H, W), unread."""
+        if self._process != os.getpid():
+            self._forget()
+        if (case, kind) not in self._arrays:
+            self._arrays[case, kind] = open_array(self.path / "cases" / case / kind)
+        return self._arrays[case, kind]
+
+    def case(self, case: str, kind: str) -> np.ndarray:
+        """All voxels of a case, (Z, H, W)."""
+        return finished(self.array(case, kind).read(), f"{self.path}: case {case}")
+
+
+def open_array(path: Path) -> ts.TensorStore:
+    """An existing Zarr v3 array. A chunk that is not there is an error, not zeros."""
+    spec = {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": str(Path(path).absolute())},
+        "fill_missing_data_reads": False,
+    }
+    try:
+        return ts.open(spec, open=True, read=True).result()
+    except ValueError as error:
+        raise UserError(f"{path}: can't be opened ({first_line(error)}); prepare this case again") from None
+
+
+def finished(read: ts.Future, what: str) -> np.ndarray:
+    """The result of a read. Raises `UserError` naming `what` if a chunk is damaged or missing."""
+    try:
+        return read.result()
+    except (ValueError, OSError) as error:
+        raise UserError(f"{what} is damaged ({first_line(error)}); prepare the case again") from None
+
+
+def first_line(error: Exception) -> str:
+    """The start of an error's message, fit for one line."""
+    return str(error).splitlines()[0][:160]
+
+
+class SliceDataset(Dataset):
+    """Batches of oriented crops by their keys. One item is a whole batch, read at once."""
+
+    def __init__(self, table: SliceTable, crop: Crop, cache: Any = None):
+        self.table = table
+        self.crop = crop
+        self.cache = cache
+        self.reader = VoxelReader(table.store)
+
+    def __getitems__(self, keys: Sequence[int]) -> dict[str, Any]:
+        """`keys` (N,) → image (N, H, W) in the store's intensities, label (N, H, W) uint8, window (N, 2), keys (N,),
+        and the cached teacher targets (name → array, or None where any of them is missing)."""
+        keys = np.asarray(keys, dtype=np.int64)
+        cases = [self.table.cases[c] for c in self.table.case[keys // ORIENTATIONS]]
+        facts = [self.table.store.cases[name] for name in cases]
+        reads = [
+            self._read(name, fact, int(z))
+            for name, fact, z in zip(cases, facts, self.table.slice[keys // ORIENTATIONS], strict=True)
+        ]
+        cached = self.cache.start_reading(keys) if self.cache is not None else None
+        dtype = np.result_type(*(fact.dtype for fact in facts))
+        images = np.empty((len(keys), *self.crop.size), dtype)
+        labels = np.zeros((len(keys), *self.crop.size), np.uint8)
+        for n, (key, fact, (image, label)) in enumerate(zip(keys, facts, reads, strict=True)):
+            placed = self.crop.overlap(fact.shape[1:])[1]
+            what = f"{self.table.store.path}: {self.table.name(key // ORIENTATIONS)}"
+            images[n] = np.floor(fact.window[0])
+            images[n][placed] = finished(image, what)
+            labels[n][placed] = finished(label, what)
+            if key % ORIENTATIONS:
+                images[n] = orient(images[n], key % ORIENTATIONS).copy()
+                labels[n] = orient(labels[n], key % ORIENTATIONS).copy()
+        return {
+            "image": torch.from_numpy(images),
+            "label": torch.from_numpy(labels),
+            "window": torch.tensor([fact.window for fact in facts], dtype=torch.float32),
+            "keys": torch.from_numpy(keys),
+            "targets": cached() if cached is not None else None,
+        }
+
+    def _read(self, name: str, fact: Case, z: int) -> tuple[ts.Future, ts.Future]:
+        rows, columns = self.crop.overlap(fact.shape[1:])[0]
+        return tuple(self.reader.array(name, kind)[z, rows, columns].read() for kind in ("image", "label"))
+
+
+def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The order in which an epoch visits n slices."""
+    return np.random.default_rng([seed, 0, epoch]).permutation(n)
+
+
+def orientations(n: int, seed: int, epoch: int, choices: Sequence[int]) -> np.ndarray:
+    """Each slice's orientation in an epoch, (n,).
+
+    A slice goes through all `choices` in a random order once per block of len(choices) epochs, so that each draw is
+    uniform and everything that can be seen has been seen after the first block.
+    """
+    block, position = divmod(epoch, len(choices))
+    orders = np.random.default_rng([seed, 1, block]).permuted(np.tile(np.asarray(choices), (n, 1)), axis=1)
+    return orders[:, position]
+
+
+class EpochSampler:
+    """Yields this process's share of each global batch of an epoch, as keys.
+
+    An epoch is cut into ceil(n / batch_size) batches whose sizes differ by one at the most, and each batch into equal
+    shares likewise: no slice is dropped or repeated, and no batch is a tiny remainder.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int, choices: Sequence[int], rank: int = 0, world: int = 1):
+        self.n, self.seed, self.choices, self.rank, self.world = n, seed, tuple(choices), rank, world
+        self.steps = -(-n // batch_size)
+        if n // self.steps < world:
+            raise UserError(
+                f"{n} training slices in batches of {batch_size} leave some of {world} processes without a slice; "
+                "use fewer processes or a larger batch_size"
+            )
+        self.epoch = 0
+        self.start = 0
+
+    def __len__(self) -> int:
+        return self.steps - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = permutation(self.n, self.seed, self.epoch)
+        keys = order * ORIENTATIONS + orientations(self.n, self.seed, self.epoch, self.choices)[order]
+        for step in range(self.start, self.steps):
+            low, high = self.n * step // self.steps, self.n * (step + 1) // self.steps
+            yield np.array_split(keys[low:high], self.world)[self.rank].tolist()
+
+    def weight(self, step: int) -> float:
+        """What this process's mean loss counts in the average over processes, so that it is the global batch's mean."""
+        size = self.n * (step + 1) // self.steps - self.n * step // self.steps
+        share = size // self.world + (self.rank < size % self.world)
+        return share * self.world / size
+
+
+def training_loader(dataset: SliceDataset, sampler: EpochSampler, workers: int) -> DataLoader:
+    """Batches in the sampler's order. Workers are started fresh, never forked (see `VoxelReader`)."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=as_is,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        multiprocessing_context="forkserver" if workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def as_is(batch: dict[str, Any]) -> dict[str, Any]:
+    """The dataset makes whole batches."""
+    return batch
+
+
+class Batch(NamedTuple):
+    """A batch on the training device."""
+
+    image: Tensor
+    """(N, 1, H, W) float32 in [−1, 1]."""
+    mask: Tensor
+    """(N, 2, H, W) float32 one-hot: background, target."""
+    index: Tensor
+    """(N,) int64 rows in the slice table."""
+    keys: np.ndarray
+    """(N,) int64."""
+    targets: dict[str, Tensor] | None
+    """Cached teacher targets, or None if they must be computed."""
+
+
+def to_device(raw: dict[str, Any], task: str, device: torch.device) -> Batch:
+    """Window and one-hot a batch on the training device: what travels there are integers."""
+    targets = raw["targets"]
+    return Batch(
+        image=windowed(raw["image"].to(device, non_blocking=True), raw["window"].to(device, non_blocking=True)),
+        mask=one_hot(raw["label"].to(device, non_blocking=True), task),
+        index=raw["keys"].to(device, non_blocking=True) // ORIENTATIONS,
+        keys=raw["keys"].numpy(),
+        targets=targets and {name: t.to(device, non_blocking=True).float() for name, t in targets.items()},
+    )
+
+
+def windowed(image: Tensor, window: Tensor) -> Tensor:
+    """Intensities (N, H, W) to (N, 1, H, W) in [−1, 1], where window (N, 2) holds what becomes −1 and 1."""
+    low, high = window[:, 0, None, None], window[:, 1, None, None]
+    return ((image.float() - low) / (high - low)).clamp(0, 1).mul(2).sub(1).unsqueeze(1)
+
+
+def one_hot(label: Tensor, task: str) -> Tensor:
+    """Stored labels (N, H, W) to (N, 2, H, W) float: background, target."""
+    target = label >= min(TASKS[task])
+    return torch.stack([~target, target], dim=1).float()

@@ -1,0 +1,133 @@
+"""Train a student with a teacher: accelerate launch -m spark_dist.distill --dataset STORE --task organ …"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from data_tools.errors import UserError
+
+from .checkpoint import load_network
+from .cli import module_main
+from .config import DistillOptions
+from .data import ORIENTATIONS
+from .distillers import build_distiller
+from .distillers.base import Distiller
+from .job import Job, describe, evaluate_on_test, open_job, stage_tags, tracked, train_stage
+from .teacher_cache import (
+    TeacherCache,
+    TeacherTargets,
+    entry_bytes,
+    open_cache,
+    probe_targets,
+    weights_hash,
+)
+from .train import untaught
+
+OPTIONS = DistillOptions
+
+
+def run(options: DistillOptions) -> None:
+    """Train the teacher (or take a trained one), then the student with it; test both."""
+    if options.teacher_checkpoint:
+        check_teacher(options)
+    tags = {"method": options.method, "teacher": options.teacher, "student": options.student}
+    with open_job(options, tags) as job:
+        teacher = given_teacher(job) if options.teacher_checkpoint else trained_teacher(job)
+
+        def taught(student: nn.Module) -> tuple[Distiller, TeacherTargets]:
+            return teach(job, student, teacher)
+
+        train_stage(
+            job,
+            "student",
+            options.student,
+            options.student_width,
+            taught,
+            options.epochs,
+            method=options.method,
+            teacher=teacher,
+        )
+
+
+def trained_teacher(job: Job) -> Path:
+    """The checkpoint of a teacher trained in this job."""
+    o = job.options
+    return train_stage(job, "teacher", o.teacher, o.teacher_width, untaught, o.teacher_epochs or o.epochs)
+
+
+def check_teacher(options: DistillOptions) -> dict[str, Any]:
+    """The description of the given teacher. Raises `UserError` if it is another network or has another task."""
+    path = options.teacher_checkpoint
+    description = load_network(path)[1]
+    for option, key in (("teacher", "network"), ("task", "task")):
+        if getattr(options, option) != description[key]:
+            raise UserError(
+                f"{path}: holds a {description['network']} for task {description['task']}, "
+                f"but --{option} says {getattr(options, option)}"
+            )
+    return description
+
+
+def given_teacher(job: Job) -> Path:
+    """The teacher from the command line, tested as a run of its own so that it can be compared."""
+    path, folder = job.options.teacher_checkpoint, job.folder / "teacher"
+    if not (folder / "test_cases.json").exists():
+        network, found = load_network(path)
+        description = describe(job.options, found["network"], found["width"], found["method"])
+        description["seed"] = found["seed"]
+        tags = stage_tags("teacher", description, network)
+        name = f"teacher {found['network']}"
+        with tracked(job.accelerator, job.options, name, folder, tags, job.tracker) as tracker:
+            evaluate_on_test(job, "teacher", path, folder, tracker)
+    return path
+
+
+def teach(job: Job, student: nn.Module, checkpoint: Path) -> tuple[Distiller, TeacherTargets]:
+    """The distiller between a teacher's checkpoint and a student, and the source of its targets."""
+    o = job.options
+    teacher, description = load_network(checkpoint)
+    distiller = build_distiller(
+        o.method, student=student.taps, teacher=teacher.taps, samples=len(job.table), **o.weights
+    )
+    cache = None
+    if o.cache == "on":
+        cache = matching_cache(job, teacher, distiller, description)
+    return distiller, TeacherTargets(teacher.to(job.accelerator.device), distiller, cache, job.accelerator.autocast)
+
+
+def matching_cache(job: Job, teacher: nn.Module, distiller: Distiller, facts: dict[str, Any]) -> TeacherCache:
+    """The cache of this teacher, method, crop and data, and a line about its size and what is there already."""
+    o, crop = job.options, job.options.crop_window
+    probe, shapes = probe_targets(distiller, teacher.taps, crop.size)
+    description = {
+        "teacher": facts["network"],
+        "teacher_width": facts["width"],
+        "teacher_weights": weights_hash(teacher),
+        "method": o.method,
+        "method_probe": probe,
+        "targets": shapes,
+        "crop": crop.size,
+        "crop_shift": crop.shift,
+        "slices": job.table.fingerprint,
+        "task": o.task,
+        "dtype": o.cache_dtype,
+        "mixed_precision": job.accelerator.mixed_precision,
+    }
+    size = len(job.table) * ORIENTATIONS
+    cache = open_cache(o.cache_folder, description, size, list(shapes), o.cache_dtype)
+    total = len(job.table) * min(len(o.orientation_choices), o.epochs)
+    needed = total * entry_bytes(shapes, o.cache_dtype)
+    free = shutil.disk_usage(cache.folder).free
+    state = "reuses it" if cache.entries() else "new"
+    job.say(
+        f"teacher cache {cache.folder} ({state}): {cache.entries()} of {total} entries there, "
+        f"{needed / 2**20:.0f} MiB in all before compression, {free / 2**30:.1f} GiB free"
+    )
+    job.accelerator.wait_for_everyone()
+    return cache
+
+
+if __name__ == "__main__":
+    module_main("spark_dist.distill")

@@ -1,0 +1,289 @@
+"""What a training job consists of: its folder, its runs in MLflow, and its stages (a teacher's, a student's)."""
+
+import json
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+
+from data_tools.errors import UserError
+from data_tools.store import Store, open_store
+
+from .checkpoint import load_network, write_text
+from .cli import Interrupted
+from .config import TrainingOptions
+from .data import EpochSampler, SliceDataset, SliceTable, slice_table, training_loader
+from .distillation import Distillation
+from .distillers.base import Distiller
+from .distributed import make_accelerator, shut_down
+from .evaluate import evaluate_cases, format_summaries, summaries
+from .metrics import write_cases
+from .networks import build_network
+from .picture import predictions_picture
+from .progress import console
+from .teacher_cache import TeacherTargets
+from .tracking import Tracker, null_tracker, open_run
+from .trainer import fit
+
+MAY_DIFFER = (
+    "out",
+    "overwrite",
+    "tracking_uri",
+    "workers",
+    "log_every",
+    "checkpoint_minutes",
+    "cache_folder",
+)
+"""Options in which a resumed job may differ from what it was."""
+
+Teaching = Callable[[nn.Module], tuple[Distiller, TeacherTargets]]
+"""From a student to its distiller and the source of the distiller's targets."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One invocation of train or distill."""
+
+    options: TrainingOptions
+    accelerator: Accelerator
+    store: Store
+    tracker: Tracker
+
+    @property
+    def folder(self) -> Path:
+        return self.options.folder
+
+    @cached_property
+    def table(self) -> SliceTable:
+        """The training slices."""
+        return slice_table(self.store, self.options.split, "train", self.options.task, self.options.slices)
+
+    def say(self, text: str) -> None:
+        """A line for people, once per job."""
+        if self.accelerator.is_main_process:
+            console.print(text)
+
+
+@contextmanager
+def open_job(options: TrainingOptions, tags: Mapping[str, Any]) -> Iterator[Job]:
+    """Check the options against the data, claim the job's folder, and open the parent run.
+
+    Raises `UserError` if the folder holds a job with other options.
+    """
+    store = open_store(options.dataset)
+    for part in ("train", "val", "test"):
+        slice_table(store, options.split, part, options.task)
+    accelerator = make_accelerator()
+    claim(options.folder, options, accelerator)
+    facts = {"world_size": accelerator.num_processes, "git_commit": git_commit(), "seed": options.seed}
+    facts |= {"dataset": options.dataset.stem, "task": options.task, **tags}
+    with tracked(accelerator, options, options.folder.name, options.folder, facts) as tracker:
+        tracker.artifact(options.folder / "config.yaml")
+        yield Job(options, accelerator, store, tracker)
+    shut_down(accelerator)
+
+
+@contextmanager
+def tracked(
+    accelerator: Accelerator,
+    options: TrainingOptions,
+    name: str,
+    folder: Path,
+    tags: Mapping[str, Any],
+    parent: Tracker | None = None,
+) -> Iterator[Tracker]:
+    """An MLflow run that ends as the block does; a stand-in on all processes but the main one."""
+    if accelerator.is_main_process:
+        tags = {key: str(value) for key, value in tags.items()}
+        uri, experiment = options.tracking_uri, options.experiment_name
+        tracker = open_run(uri, experiment, name, folder, tags, plain(options), parent, resume=True)
+    else:
+        tracker = null_tracker()
+    status = "FAILED"
+    try:
+        yield tracker
+        status = "FINISHED"
+    except (Interrupted, KeyboardInterrupt):
+        status = "KILLED"
+        raise
+    finally:
+        tracker.finish(status)
+
+
+def claim(folder: Path, options: TrainingOptions, accelerator: Accelerator) -> None:
+    """Make the job's folder, or find that it holds this very job, which then goes on."""
+    wanted = {key: value for key, value in plain(options).items() if key not in MAY_DIFFER}
+    file = folder / "config.yaml"
+    if file.exists() and not options.overwrite:
+        found = yaml.safe_load(file.read_text())
+        if differing := [key for key, value in wanted.items() if found.get(key) != value]:
+            key = differing[0]
+            raise UserError(
+                f"{folder}: holds a job with {key}={found.get(key)!r}, not {wanted[key]!r}; "
+                "give another --out, or --overwrite true to begin again"
+            )
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if options.overwrite and file.exists():
+            discard(folder)
+        write_text(file, yaml.safe_dump(wanted, sort_keys=False))
+    accelerator.wait_for_everyone()
+
+
+def discard(folder: Path) -> None:
+    """Remove what a job leaves in its folder, and nothing else."""
+    for part in (folder, folder / "teacher", folder / "student"):
+        for pattern in (
+            "config.yaml",
+            "state.pt",
+            "best.safetensors",
+            "test_cases.json",
+            "*.png",
+            "tracking*",
+        ):
+            for file in part.glob(pattern):
+                file.unlink()
+
+
+def plain(options: TrainingOptions) -> dict[str, Any]:
+    """Options as YAML and JSON can hold them."""
+    return json.loads(json.dumps(asdict(options), default=str))
+
+
+def git_commit() -> str:
+    """The commit of the working directory, or nothing outside a repository."""
+    result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return result.stdout.strip()
+
+
+def build(job: Job, name: str, width: float) -> nn.Module:
+    """A network with the weights that the job's seed gives it, the same with and without a teacher."""
+    set_seed(job.options.seed)
+    network = build_network(name, width=width)
+    rows, columns = job.options.crop_window.size
+    if rows % network.stride or columns % network.stride:
+        raise UserError(f"--crop {rows}×{columns}: the sides must be multiples of {network.stride} for {name}")
+    return network
+
+
+def train_stage(
+    job: Job,
+    role: str,
+    name: str,
+    width: float,
+    teaching: Teaching,
+    epochs: int,
+    method: str = "none",
+    teacher: Path | None = None,
+) -> Path:
+    """Train the network `name` as the job's `role`, test the epoch that was best on val, and return its checkpoint.
+
+    A stage that is done already is left as it is.
+    """
+    folder = job.folder / role
+    best = folder / "best.safetensors"
+    if (folder / "test_cases.json").exists():
+        job.say(f"{role}: done already, {best}")
+        return best
+    options, accelerator = job.options, job.accelerator
+    network = build(job, name, width)
+    description = describe(options, name, width, method)
+    with tracked(
+        accelerator, options, f"{role} {name}", folder, stage_tags(role, description, network), job.tracker
+    ) as tracker:
+        distiller, targets = teaching(network)
+        sampler = EpochSampler(
+            len(job.table),
+            options.batch_size,
+            options.seed,
+            options.orientation_choices,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+        dataset = SliceDataset(job.table, options.crop_window, targets.cache)
+        loader = training_loader(dataset, sampler, options.workers)
+        model = Distillation(network, distiller)
+        fit(
+            accelerator,
+            model,
+            targets,
+            loader,
+            validation(job),
+            options,
+            epochs,
+            folder,
+            description,
+            tracker,
+        )
+        if targets.teacher is not None:
+            job.say(f"{role}: {targets.hits} targets read from the cache, {targets.forwards} by a teacher forward")
+        tracker.artifact(best)
+        evaluate_on_test(job, role, best, folder, tracker, teacher)
+    return best
+
+
+def describe(options: TrainingOptions, name: str, width: float, method: str) -> dict[str, Any]:
+    """What is saved with a network's weights."""
+    return {
+        "network": name,
+        "width": width,
+        "method": method,
+        "seed": options.seed,
+        "task": options.task,
+        "dataset": options.dataset.stem,
+        "split": options.split,
+        "crop": options.crop_window.size,
+        "crop_shift": options.crop_window.shift,
+        "threshold": options.threshold,
+    }
+
+
+def stage_tags(role: str, description: Mapping[str, Any], network: nn.Module) -> dict[str, Any]:
+    """What runs are compared by."""
+    keys = ("network", "width", "method", "seed", "task", "dataset", "split")
+    parameters = sum(p.numel() for p in network.parameters())
+    return {"role": role, "parameters": parameters, **{key: description[key] for key in keys}}
+
+
+def validation(job: Job) -> Callable[[nn.Module], dict[str, float]]:
+    """A function from a network to its mean figures over the val cases."""
+    cases = job.store.split(job.options.split, "val")
+
+    def validate(network: nn.Module) -> dict[str, float]:
+        o = job.options
+        figures = evaluate_cases(
+            job.accelerator, network, job.store, cases, o.task, o.crop_window, o.threshold, distances=False
+        )
+        return {f"val/{key}": s["mean"] for key, s in summaries(figures).items() if key.startswith("dice")}
+
+    return validate
+
+
+def evaluate_on_test(
+    job: Job, role: str, checkpoint: Path, folder: Path, tracker: Tracker, teacher: Path | None = None
+) -> None:
+    """Figures of a checkpoint on the test cases, and a picture (beside the teacher's), into `folder` and the run."""
+    o, device = job.options, job.accelerator.device
+    network = load_network(checkpoint)[0].to(device)
+    cases = job.store.split(o.split, "test")
+    figures = evaluate_cases(job.accelerator, network, job.store, cases, o.task, o.crop_window, o.threshold)
+    summary = summaries(figures)
+    job.say(f"{role}: test {format_summaries(summary)}")
+    tracker.metrics({f"test/{key}": s["mean"] for key, s in summary.items()}, step=0)
+    if job.accelerator.is_main_process:
+        networks = {"teacher": load_network(teacher)[0].to(device)} if teacher else {}
+        networks[role] = network
+        picture = folder / "predictions.png"
+        predictions_picture(job.store, cases, o.task, o.crop_window, o.threshold, networks, device, picture)
+        tracker.artifact(picture)
+        write_cases(folder / "test_cases.json", figures, task=o.task, split="test", threshold=o.threshold)
+        tracker.artifact(folder / "test_cases.json")
+    job.accelerator.wait_for_everyone()

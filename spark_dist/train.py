@@ -1,0 +1,28 @@
+"""Train a network without a teacher: accelerate launch -m spark_dist.train --dataset STORE --task organ …"""
+
+from torch import nn
+
+from .cli import module_main
+from .config import TrainOptions
+from .distillers.base import Distiller
+from .distillers.plain import Plain
+from .job import open_job, train_stage
+from .teacher_cache import TeacherTargets
+
+OPTIONS = TrainOptions
+
+
+def run(options: TrainOptions) -> None:
+    """Train, and test the epoch that was best on val."""
+    with open_job(options, {"network": options.network, "method": "none"}) as job:
+        train_stage(job, "student", options.network, options.width, untaught, options.epochs)
+
+
+def untaught(network: nn.Module) -> tuple[Distiller, TeacherTargets]:
+    """Training on the truth alone."""
+    distiller = Plain()
+    return distiller, TeacherTargets(None, distiller, None, None)
+
+
+if __name__ == "__main__":
+    module_main("spark_dist.train")
