@@ -73,12 +73,17 @@ def say_error(text: str) -> None:
 def parse(options: type, argv: Sequence[str], program: str) -> Any:
     """An `options` object from arguments and an optional recipe (`--config FILE`, YAML); arguments win.
 
+    A dataclass field with `positional` (its help) in its metadata is an argument without `--`.
+
     Raises `UserError` for anything that does not fit.
     """
     argv = [re.sub(r"^--[a-z][a-z0-9.-]*", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv]
     parser = ArgumentParser(prog=program, exit_on_error=False, description=options.__doc__)
     parser.add_argument("--config", metavar="FILE", help="Recipe: a YAML file of options (train and distill).")
-    parser.add_class_arguments(options)
+    positional = [field for field in fields(options) if "positional" in field.metadata]
+    for field in positional:
+        parser.add_argument(field.name, nargs=field.metadata.get("nargs"), help=field.metadata["positional"])
+    parser.add_class_arguments(options, skip={field.name for field in positional})
     try:
         parser.set_defaults(read_recipe(recipe, options) if (recipe := _config_argument(argv)) else {})
         parsed = parser.parse_args(argv)

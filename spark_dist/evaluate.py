@@ -1,7 +1,7 @@
 """Per-case figures of a network on whole volumes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +25,7 @@ from .progress import console
 class EvaluateOptions:
     """Evaluate a checkpoint on one part of a split."""
 
-    checkpoint: Path
-    """A trained network (best.safetensors)."""
+    checkpoint: str = field(metadata={"positional": "trained network (best.safetensors)"})
     dataset: Path
     """Slice store made by spark-data prepare."""
     task: Literal["organ", "tumour"] | None = None
@@ -124,7 +123,7 @@ def format_summaries(summary: Mapping[str, Mapping[str, Any]]) -> str:
 
 def run(options: EvaluateOptions) -> None:
     """Print a table of the cases' figures, and write them if asked to."""
-    network, description = load_network(options.checkpoint)
+    network, description = load_network(Path(options.checkpoint))
     task = options.task or description["task"]
     threshold = options.threshold or description["threshold"]
     store = open_store(options.dataset)

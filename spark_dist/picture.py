@@ -1,7 +1,7 @@
 """Predictions of checkpoints beside the truth: spark-dist picture --dataset STORE --checkpoints …"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -24,8 +24,9 @@ from .progress import console
 class PictureOptions:
     """Draw predictions of trained networks beside the truth."""
 
-    checkpoints: list[str]
-    """Trained networks, each a path or NAME=path; the name is the column's title."""
+    checkpoints: list[str] = field(
+        metadata={"nargs": "+", "positional": "trained networks, PATH or NAME=PATH; the name is the column's title"}
+    )
     dataset: Path
     """Slice store made by spark-data prepare."""
     split: str = "default"

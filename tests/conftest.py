@@ -1,7 +1,10 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from data_tools.store import create_store, write_case, write_split
 
 SHARED = Path(os.environ.get("SPARK_DIST_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
@@ -12,3 +15,40 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no reference data at {SHARED} (set SPARK_DIST_SHARED)")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory) -> Path:
+    """Eleven small cases with a bright organ and a tumour in it; an odd number of test cases and of slices."""
+    path = tmp_path_factory.mktemp("store") / "tiny.zarr"
+    create_store(
+        path,
+        {
+            "labels": {"organ": [1], "tumour": [2]},
+            "window": {"kind": "fixed", "low": -200, "high": 300},
+            "layout": "kits",
+        },
+    )
+    random = np.random.default_rng(0)
+    names = [f"case_{k:05}" for k in range(11)]
+    for k, name in enumerate(names):
+        shape = (5 + k % 3, 40 + k, 44)
+        z, y, x = np.indices(shape)
+        distance = np.hypot((y - 18 - k % 4) / 9, (x - 20 + k % 5) / 7)
+        label = ((distance < 1) & (z > 0)).astype(np.uint8)
+        label[(distance < 0.4) & (z > 1)] = 2
+        image = np.where(label > 0, 120, -20) + np.where(label == 2, -50, 0) + random.normal(0, 40, shape)
+        write_case(
+            path,
+            name,
+            image.round().astype(np.int16),
+            label,
+            {
+                "affine": np.diag([3.0, 0.8, 0.7, 1.0]).tolist(),
+                "spacing": [3.0, 0.8, 0.7],
+                "window": [-200.0, 300.0],
+                "source": {"image": f"{name}.nii.gz", "image_sha256": str(k)},
+            },
+        )
+    write_split(path, "default", {"train": names[:5], "val": names[5:8], "test": names[8:], "seed": 0})
+    return path

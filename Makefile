@@ -1,0 +1,28 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+.PHONY: quickstart test lint bench clean
+
+quickstart: $(INSTALLED)  ## the main job on synthetic CT, in a few minutes on two CPU cores
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/quickstart.sh
+
+test: $(INSTALLED)  ## all tests
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+
+lint: $(INSTALLED)  ## ruff, as CI runs it
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(INSTALLED)  ## speed and memory, as ratios measured in one run
+	for script in benchmarks/*.py; do $(BIN)/python $$script; done
+
+clean:  ## what quickstart made
+	rm -rf quickstart
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "spark-dist needs Python 3.11 or newer: make PYTHON=python3.11 …")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --progress-bar on -e ".[test]"
+	touch $@
