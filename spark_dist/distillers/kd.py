@@ -1,0 +1,33 @@
+"""Knowledge distillation of the logits."""
+
+from torch import Tensor
+
+from spark_dist.losses import kl, segmentation
+from spark_dist.networks.base import NetworkOutput, Taps
+
+from .base import Distiller
+
+
+class KD(Distiller):
+    """Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531.
+
+    segmentation · (½ focal + ½ soft Dice) + kl · T² KL(teacher ‖ student), per pixel at temperature T.
+    Caches the logits. Defined per sample.
+    """
+
+    def __init__(
+        self, student: Taps, teacher: Taps, segmentation: float = 0.1, kl: float = 0.9, temperature: float = 4.0
+    ):
+        super().__init__()
+        self.segmentation, self.kl, self.temperature = segmentation, kl, temperature
+
+    def teacher_targets(self, teacher: NetworkOutput, mask: Tensor) -> dict[str, Tensor]:
+        return {"logits": teacher.logits}
+
+    def forward(
+        self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
+    ) -> dict[str, Tensor]:
+        return {
+            "segmentation": self.segmentation * segmentation(student.logits, mask),
+            "kl": self.kl * kl(student.logits, targets["logits"], self.temperature),
+        }

@@ -1,0 +1,73 @@
+"""Losses between a batch's logits and its truth, or between two networks' logits.
+
+Throughout, logits are (N, 2, H, W), the mask is the one-hot truth (N, 2, H, W) in float (background, target), and a
+loss is a scalar. All compute in float32, also under autocast. Means are over samples and pixels, so that the means of
+several processes, weighted by their numbers of samples, give the mean of the whole batch; the soft Dice is a ratio of
+sums, so its sums are taken over all processes.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def processes() -> int:
+    """The number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return _AllReduce.forward(ctx, gradient)
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    """The sum of `x` over all processes, with its gradient, while training; `x` itself in evaluation.
+
+    The gradient is summed over processes as well. Under DDP, which averages gradients, and with every process's loss
+    weighted by its share n_rank · world / n_global (the shares sum to world), this makes the gradient of a function of
+    the global sum that of one process with the whole batch.
+    """
+    return _AllReduce.apply(x) if torch.is_grad_enabled() and processes() > 1 else x
+
+
+def focal(logits: Tensor, mask: Tensor, gamma: float = 2.0) -> Tensor:
+    """Focal loss, the mean over pixels of (1 − p)^γ · −log p, p being the true class's probability.
+
+    Lin et al., Focal Loss for Dense Object Detection, ICCV 2017.
+    """
+    log_p = (F.log_softmax(logits.float(), dim=1) * mask).sum(dim=1)
+    return -((1 - log_p.exp()) ** gamma * log_p).mean()
+
+
+def soft_dice(logits: Tensor, mask: Tensor, smooth: float = 1.0) -> Tensor:
+    """1 − soft Dice of the target class, its sums taken over the whole batch (of all processes).
+
+    Milletari et al., V-Net, 3DV 2016, with the sum of p (not of p²) in the denominator.
+    """
+    p, truth = logits.float().softmax(dim=1)[:, 1], mask[:, 1].float()
+    overlap, predicted, true = sum_over_processes(torch.stack([(p * truth).sum(), p.sum(), truth.sum()]))
+    return 1 - (2 * overlap + smooth) / (predicted + true + smooth)
+
+
+def segmentation(logits: Tensor, mask: Tensor) -> Tensor:
+    """What a network is trained with on the truth: half focal loss (γ = 2), half soft Dice."""
+    return 0.5 * focal(logits, mask) + 0.5 * soft_dice(logits, mask)
+
+
+def kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Mean over pixels of KL(teacher ‖ student) of the class probabilities at `temperature`, times its square.
+
+    Takes logits (N, C, H, W). Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531.
+    """
+    log_p = F.log_softmax(student.float() / temperature, dim=1)
+    log_q = F.log_softmax(teacher.float() / temperature, dim=1)
+    return (log_q.exp() * (log_q - log_p)).sum(dim=1).mean() * temperature**2
