@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from data_tools.errors import UserError
@@ -14,7 +15,7 @@ from .config import DistillOptions
 from .data import ORIENTATIONS
 from .distillers import build_distiller
 from .distillers.base import Distiller
-from .job import Job, describe, evaluate_on_test, open_job, stage_tags, tracked, train_stage
+from .job import Job, check_network, describe, evaluate_on_test, open_job, stage_tags, tracked, train_stage
 from .teacher_cache import (
     TeacherCache,
     TeacherTargets,
@@ -30,8 +31,7 @@ OPTIONS = DistillOptions
 
 def run(options: DistillOptions) -> None:
     """Train the teacher (or take a trained one), then the student with it; test both."""
-    if options.teacher_checkpoint:
-        check_teacher(options)
+    check(options)
     tags = {"method": options.method, "teacher": options.teacher, "student": options.student}
     with open_job(options, tags) as job:
         teacher = given_teacher(job) if options.teacher_checkpoint else trained_teacher(job)
@@ -57,17 +57,20 @@ def trained_teacher(job: Job) -> Path:
     return train_stage(job, "teacher", o.teacher, o.teacher_width, untaught, o.teacher_epochs or o.epochs)
 
 
-def check_teacher(options: DistillOptions) -> dict[str, Any]:
-    """The description of the given teacher. Raises `UserError` if it is another network or has another task."""
-    path = options.teacher_checkpoint
-    description = load_network(path)[1]
-    for option, key in (("teacher", "network"), ("task", "task")):
-        if getattr(options, option) != description[key]:
-            raise UserError(
-                f"{path}: holds a {description['network']} for task {description['task']}, "
-                f"but --{option} says {getattr(options, option)}"
-            )
-    return description
+def check(options: DistillOptions) -> None:
+    """Find mistakes before the teacher is trained. Raises `UserError`."""
+    teacher = check_network(options, options.teacher, options.teacher_width)
+    student = check_network(options, options.student, options.student_width)
+    with torch.device("meta"):
+        build_distiller(options.method, student=student.taps, teacher=teacher.taps, **options.weights)
+    if path := options.teacher_checkpoint:
+        found = load_network(path)[1]
+        for option, key in (("teacher", "network"), ("task", "task")):
+            if getattr(options, option) != found[key]:
+                raise UserError(
+                    f"{path}: holds a {found['network']} for task {found['task']}, "
+                    f"but --{option} says {getattr(options, option)}"
+                )
 
 
 def given_teacher(job: Job) -> Path:

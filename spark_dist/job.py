@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -167,8 +168,14 @@ def git_commit() -> str:
 def build(job: Job, name: str, width: float) -> nn.Module:
     """A network with the weights that the job's seed gives it, the same with and without a teacher."""
     set_seed(job.options.seed)
-    network = build_network(name, width=width)
-    rows, columns = job.options.crop_window.size
+    return build_network(name, width=width)
+
+
+def check_network(options: TrainingOptions, name: str, width: float) -> nn.Module:
+    """The network without weights. Raises `UserError` if there is none of that name, or the crop does not fit it."""
+    with torch.device("meta"):
+        network = build_network(name, width=width)
+    rows, columns = options.crop_window.size
     if rows % network.stride or columns % network.stride:
         raise UserError(f"--crop {rows}×{columns}: the sides must be multiples of {network.stride} for {name}")
     return network
@@ -224,7 +231,9 @@ def train_stage(
             tracker,
         )
         if targets.teacher is not None:
-            job.say(f"{role}: {targets.hits} targets read from the cache, {targets.forwards} by a teacher forward")
+            hits, forwards = accelerator.reduce(torch.tensor([targets.hits, targets.forwards]).to(accelerator.device))
+            job.say(f"{role}: {hits} targets read from the cache, {forwards} by a teacher forward")
+            tracker.metrics({"cache/hits": int(hits), "cache/teacher_forwards": int(forwards)}, step=0)
         tracker.artifact(best)
         evaluate_on_test(job, role, best, folder, tracker, teacher)
     return best
@@ -281,6 +290,7 @@ def evaluate_on_test(
     if job.accelerator.is_main_process:
         networks = {"teacher": load_network(teacher)[0].to(device)} if teacher else {}
         networks[role] = network
+        folder.mkdir(parents=True, exist_ok=True)
         picture = folder / "predictions.png"
         predictions_picture(job.store, cases, o.task, o.crop_window, o.threshold, networks, device, picture)
         tracker.artifact(picture)

@@ -26,6 +26,7 @@ import tensorstore as ts
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import write_text
 from .data import Batch, finished, first_line, open_array
 from .distillers.base import Distiller
 from .networks.base import NetworkOutput, Taps
@@ -276,7 +277,7 @@ def open_cache(
     """The cache that belongs to a description, made if it is not there."""
     folder = Path(root) / cache_fingerprint(description)
     (folder / "segments").mkdir(parents=True, exist_ok=True)
-    (folder / "description.json").write_text(json.dumps(description, indent=1, default=str))
+    write_text(folder / "description.json", json.dumps(description, indent=1, default=str))
     cache = TeacherCache(folder, size, targets, dtype)
     cache.refresh()
     return cache

@@ -6,7 +6,7 @@ from .cli import module_main
 from .config import TrainOptions
 from .distillers.base import Distiller
 from .distillers.plain import Plain
-from .job import open_job, train_stage
+from .job import check_network, open_job, train_stage
 from .teacher_cache import TeacherTargets
 
 OPTIONS = TrainOptions
@@ -14,6 +14,7 @@ OPTIONS = TrainOptions
 
 def run(options: TrainOptions) -> None:
     """Train, and test the epoch that was best on val."""
+    check_network(options, options.network, options.width)
     with open_job(options, {"network": options.network, "method": "none"}) as job:
         train_stage(job, "student", options.network, options.width, untaught, options.epochs)
 

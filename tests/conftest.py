@@ -1,4 +1,7 @@
 import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +9,8 @@ import pytest
 
 from data_tools.store import create_store, write_case, write_split
 
-SHARED = Path(os.environ.get("SPARK_DIST_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("SPARK_DIST_SHARED", ROOT.parent / "shared"))
 
 
 @pytest.fixture(scope="session")
@@ -52,3 +56,28 @@ def tiny_store(tmp_path_factory) -> Path:
         )
     write_split(path, "default", {"train": names[:5], "val": names[5:8], "test": names[8:], "seed": 0})
     return path
+
+
+@pytest.fixture(scope="session")
+def launch():
+    """Run a module of spark_dist as users do: launch(2, "train", "--epochs", 1, cwd=…) starts two processes."""
+
+    def run(processes: int, command: str, *arguments, cwd: Path, code: int = 0) -> subprocess.CompletedProcess:
+        start = [sys.executable, "-m"]
+        if processes > 1:
+            config = ROOT / "accelerate_config.yaml"
+            start += ["accelerate.commands.launch", "--config_file", config, "--num_processes", processes]
+            start += ["--main_process_port", free_port(), "-m"]
+        line = [str(part) for part in [*start, f"spark_dist.{command}", *arguments]]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        result = subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+        assert result.returncode == code, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr[-6000:]}"
+        return result
+
+    return run
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -1,0 +1,156 @@
+"""The commands as users start them, on a tiny store."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+SMALL = ("--task", "organ", "--crop", 32, "--crop-shift", "[0,0]", "--batch-size", 8, "--log-every", 2)
+TAUGHT = ("--teacher", "unet", "--teacher-width", 0.05, "--student-width", 0.25)
+
+
+@pytest.fixture
+def distilled(launch, tiny_store, tmp_path):
+    """A function that runs a distill job in a folder of this test and returns its output."""
+
+    def run(out, *arguments, processes=2, code=0):
+        arguments = ("--dataset", tiny_store, *SMALL, *TAUGHT, "--out", out, *arguments)
+        return launch(processes, "distill", *arguments, cwd=tmp_path, code=code)
+
+    return run
+
+
+@pytest.mark.launch
+@pytest.mark.slow
+def test_two_processes_train_teacher_and_student_and_reuse_the_cache(distilled, tmp_path):
+    import mlflow
+
+    first = distilled("one", "--epochs", 2)
+    assert "0 of" in first.stdout
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("tiny-organ")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    parent = runs["one"]
+    for name, role in (("teacher unet", "teacher"), ("student enet", "student")):
+        run = runs[name]
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert run.data.tags["role"] == role
+        assert 0 <= run.data.metrics["test/dice"] <= 1
+        paths = {file.path for file in client.list_artifacts(run.info.run_id)}
+        assert {"best.safetensors", "test_cases.json", "predictions.png"} <= paths
+    assert runs["student enet"].data.tags["method"] == "spark"
+
+    teacher = tmp_path / "one" / "teacher" / "best.safetensors"
+    second = distilled("two", "--epochs", 2, "--teacher-checkpoint", teacher)
+    assert "reuses it" in second.stdout
+    assert " 0 by a teacher forward" in second.stdout
+    a, b = (load_file(tmp_path / out / "student" / "best.safetensors") for out in ("one", "two"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+    third = distilled("three", "--epochs", 2, "--seed", 5)  # another teacher
+    assert "(new): 0 of" in third.stdout
+
+
+@pytest.mark.launch
+@pytest.mark.slow
+def test_an_epoch_from_the_cache_gives_the_weights_of_a_live_one(distilled, tmp_path):
+    distilled("live", "--epochs", 1, "--cache", "off", "--method", "kd", processes=1)
+    teacher = ("--teacher-checkpoint", tmp_path / "live" / "teacher" / "best.safetensors", "--cache-dtype", "float32")
+    distilled("filling", "--epochs", 1, "--method", "kd", *teacher, processes=1)
+    cached = distilled("cached", "--epochs", 1, "--method", "kd", *teacher, processes=1)
+    assert " 0 by a teacher forward" in cached.stdout
+    a, b, c = (load_file(tmp_path / out / "student" / "best.safetensors") for out in ("live", "filling", "cached"))
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+        assert torch.equal(a[key], c[key]), key
+
+
+@pytest.mark.launch
+@pytest.mark.slow
+def test_figures_do_not_depend_on_the_number_of_processes(launch, tiny_store, tmp_path):
+    data = ("--dataset", tiny_store)
+    launch(1, "train", *data, *SMALL, "--network", "enet", "--width", 0.25, "--epochs", 1, "--out", "a", cwd=tmp_path)
+    for processes in (1, 2, 3):
+        checkpoint = tmp_path / "a" / "student" / "best.safetensors"
+        launch(processes, "evaluate", checkpoint, *data, "--out", f"{processes}.json", cwd=tmp_path)
+    one, two, three = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2, 3))
+    assert len(one["cases"]) == 3
+    assert one == two == three
+    assert one["cases"] == json.loads((tmp_path / "a" / "student" / "test_cases.json").read_text())["cases"]
+
+
+@pytest.mark.launch
+@pytest.mark.slow
+def test_the_same_command_does_not_train_again(launch, tiny_store, tmp_path):
+    command = ("--dataset", tiny_store, *SMALL, "--network", "enet", "--width", 0.25, "--out", "job")
+    launch(1, "train", *command, "--epochs", 1, cwd=tmp_path)
+    assert "done already" in launch(1, "train", *command, "--epochs", 1, cwd=tmp_path).stdout
+    refused = launch(1, "train", *command, "--epochs", 2, cwd=tmp_path, code=2)
+    assert "epochs=1, not 2" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--network", "enett"), "there is no network 'enett'; did you mean enet"),
+        (("--network", "enet", "--crop", "33"), "multiples of 8"),
+        (("--network", "enet", "--task", "liver"), "liver"),
+        (("--network", "enet", "--epoch", "3"), "epoch"),
+        (("--network", "enet", "--split", "other"), "there is no split 'other'"),
+        (("--network", "enet", "--dataset", "nowhere"), "nowhere: no slice store here"),
+        (("--network", "enet", "--config", "recipe.yaml"), "recipe.yaml: there is no option 'batchsize'"),
+    ],
+)
+def test_mistakes_are_one_line(tiny_store, tmp_path, monkeypatch, capsys, arguments, message):
+    from spark_dist.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text("batchsize: 3\n")
+    assert main(["train", "--dataset", str(tiny_store), *map(str, SMALL), *arguments]) != 0
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+
+
+def test_method_and_weight_that_do_not_exist(tiny_store, tmp_path, monkeypatch, capsys):
+    from spark_dist.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    start = ["distill", "--dataset", str(tiny_store), *map(str, SMALL)]
+    assert main([*start, "--method", "sparc"]) != 0
+    assert "there is no distillation method 'sparc'; did you mean spark" in capsys.readouterr().err
+    assert main([*start, "--weights.gian", "3"]) != 0
+    assert "did you mean gain" in capsys.readouterr().err
+
+
+@pytest.mark.launch
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_interrupted_equals_uninterrupted(launch, tiny_store, tmp_path, number):
+    command = ("--dataset", tiny_store, *SMALL, "--network", "enet", "--width", 0.25, "--epochs", 6)
+    launch(1, "train", *command, "--out", "whole", cwd=tmp_path)
+    line = [sys.executable, "-m", "spark_dist.train", *map(str, command), "--out", "parts"]
+    process = subprocess.Popen(line, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    state = tmp_path / "parts" / "student" / "state.pt"
+    while not state.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait(60) == (75 if number == signal.SIGTERM else -signal.SIGKILL)
+    assert not (tmp_path / "parts" / "student" / "test_cases.json").exists()
+    launch(1, "train", *command, "--out", "parts", cwd=tmp_path)
+    whole, parts = (load_file(tmp_path / out / "student" / "best.safetensors") for out in ("whole", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    whole, parts = (
+        torch.load(tmp_path / out / "student" / "state.pt", weights_only=True) for out in ("whole", "parts")
+    )
+    assert all(torch.equal(whole["model"][key], parts["model"][key]) for key in whole["model"])
+    assert whole["best"] == parts["best"]

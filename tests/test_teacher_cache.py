@@ -1,0 +1,155 @@
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+
+from data_tools.store import open_store
+from spark_dist.data import ORIENTATIONS, Crop, SliceDataset, slice_table, to_device
+from spark_dist.distillers import DISTILLERS, build_distiller
+from spark_dist.networks import build_network
+from spark_dist.teacher_cache import (
+    TeacherCache,
+    TeacherTargets,
+    cache_fingerprint,
+    open_cache,
+    probe_targets,
+    weights_hash,
+)
+
+
+def filled(folder, keys=(3, 9, 10), dtype="float32", size=64):
+    cache = TeacherCache(folder, size, ["a", "b"], dtype)
+    values = {"a": torch.randn(len(keys), 4, 5), "b": torch.randn(len(keys), 2)}
+    cache.add(np.array(keys), values)
+    cache.flush()
+    return cache, values
+
+
+def test_entries_come_back_in_the_order_asked_for(tmp_path):
+    _, values = filled(tmp_path)
+    read = TeacherCache(tmp_path, 64, ["a", "b"], "float32").start_reading(np.array([10, 3]))()
+    assert torch.equal(read["a"], values["a"][[2, 0]])
+    assert torch.equal(read["b"], values["b"][[2, 0]])
+
+
+def test_a_batch_with_a_missing_entry_is_not_read(tmp_path):
+    cache, _ = filled(tmp_path)
+    assert cache.start_reading(np.array([3, 4]))() is None
+    assert cache.entries() == 3
+
+
+def test_adding_rounds_as_reading_back_does(tmp_path):
+    cache = TeacherCache(tmp_path, 8, ["a"], "float16")
+    value = torch.randn(2, 3)
+    given = cache.add(np.array([0, 1]), {"a": value})["a"]
+    cache.flush()
+    assert given.dtype == torch.float32
+    assert not torch.equal(given, value)
+    assert torch.equal(given, cache.start_reading(np.array([0, 1]))()["a"].float())
+
+
+def test_two_writers_fill_one_cache(tmp_path):
+    first, _ = filled(tmp_path, (1, 2))
+    second, values = filled(tmp_path, (2, 5))
+    assert first.entries() == second.entries() == 3
+    assert torch.equal(first.start_reading(np.array([5]))()["a"], values["a"][1:])
+
+
+def test_what_is_there_is_not_written_again(tmp_path):
+    cache, _ = filled(tmp_path)
+    cache.add(np.array([3, 9]), {"a": torch.zeros(2, 4, 5), "b": torch.zeros(2, 2)})
+    cache.flush()
+    assert len(list((tmp_path / "segments").iterdir())) == 1
+
+
+def test_a_half_written_segment_is_not_seen(tmp_path):
+    filled(tmp_path)
+    segment = next((tmp_path / "segments").iterdir())
+    segment.rename(segment.with_suffix(".tmp"))
+    assert TeacherCache(tmp_path, 64, ["a", "b"], "float32").entries() == 0
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_damage_is_found_and_never_read(tmp_path, damage, caplog):
+    filled(tmp_path)
+    shard = next((tmp_path / "segments").glob("*/a/c/0/0/0"))
+    data = bytearray(shard.read_bytes())
+    if damage == "flip":
+        data[10] ^= 4
+        shard.write_bytes(data)
+    elif damage == "truncate":
+        shard.write_bytes(data[: len(data) // 2])
+    else:
+        shard.unlink()
+    cache = TeacherCache(tmp_path, 64, ["a", "b"], "float32")
+    assert cache.start_reading(np.array([3, 9, 10]))() is None
+    assert cache.damaged == 1
+    assert "computed again" in caplog.text
+
+
+def test_damaged_keys_leave_a_segment_out(tmp_path, caplog):
+    filled(tmp_path)
+    shard = next((tmp_path / "segments").glob("*/keys/c/0"))
+    shard.write_bytes(shard.read_bytes()[:-3])
+    assert TeacherCache(tmp_path, 64, ["a", "b"], "float32").entries() == 0
+    assert "left out" in caplog.text
+
+
+def test_a_full_disk_ends_caching_and_not_training(tmp_path, caplog):
+    cache = TeacherCache(tmp_path, 8, ["a"], "float32")
+    (tmp_path / "segments").write_text("a file where a folder is wanted")
+    cache.add(np.array([0]), {"a": torch.zeros(1, 2)})
+    cache.flush()
+    assert cache.full
+    assert "training goes on" in caplog.text
+    assert torch.equal(cache.add(np.array([1]), {"a": torch.ones(1, 2)})["a"], torch.ones(1, 2))
+
+
+def test_everything_that_matters_is_in_the_name():
+    teacher = build_network("unet", width=0.05)
+    network = build_network("enet", width=0.1)
+
+    def name(**settings):
+        distiller = build_distiller("spark", student=network.taps, teacher=teacher.taps, **settings)
+        return probe_targets(distiller, teacher.taps, (32, 32))
+
+    assert name() == name(kl=0.5)
+    assert name() != name(gain=3)
+    facts = {"teacher_weights": weights_hash(teacher), "method_probe": name()[0]}
+    before = cache_fingerprint(facts)
+    with torch.no_grad():
+        next(teacher.parameters()).view(-1)[0] += 1e-3
+    assert cache_fingerprint(facts | {"teacher_weights": weights_hash(teacher)}) != before
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float16", 1e-3)])
+@pytest.mark.parametrize("method", sorted(DISTILLERS))
+def test_cached_losses_equal_live_ones_in_all_orientations(tiny_store, tmp_path, method, dtype, tolerance):
+    torch.manual_seed(0)
+    table = slice_table(open_store(tiny_store), "default", "train", "organ")
+    student = build_network("enet", width=0.25).eval()
+    teacher = build_network("enet" if method == "tfkd" else "unet", width=0.25 if method == "tfkd" else 0.05)
+    distiller = build_distiller(method, student=student.taps, teacher=teacher.taps, samples=len(table)).eval()
+    size = len(table) * ORIENTATIONS
+    names = list(probe_targets(distiller, teacher.taps, (32, 32))[1])
+    keys = [row * ORIENTATIONS + row for row in range(ORIENTATIONS)]
+
+    def losses(cache):
+        raw = SliceDataset(table, Crop((32, 32)), cache).__getitems__(keys)
+        batch = to_device(raw, "organ", torch.device("cpu"))
+        targets = TeacherTargets(teacher, distiller, cache, nullcontext)
+        torch.manual_seed(1)
+        terms = distiller(student(batch.image), targets(batch), batch.mask, batch.index)
+        return {name: term.item() for name, term in terms.items()}, targets
+
+    live, _ = losses(None)
+    cache = open_cache(tmp_path, {"method": method}, size, names, dtype)
+    filling, targets = losses(cache)
+    assert targets.forwards == len(keys)
+    targets.flush()
+    cached, targets = losses(cache)
+    assert (targets.hits, targets.forwards) == (len(keys), 0) or not names
+    assert cached == filling
+    for name in live:
+        assert cached[name] == pytest.approx(live[name], rel=tolerance, abs=1e-7)
