@@ -69,5 +69,5 @@ def kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     Takes logits (N, C, H, W). Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531.
     """
     log_p = F.log_softmax(student.float() / temperature, dim=1)
-    log_q = F.log_softmax(teacher.float() / temperature, dim=1)
-    return (log_q.exp() * (log_q - log_p)).sum(dim=1).mean() * temperature**2
+    q = F.softmax(teacher.float() / temperature, dim=1)
+    return F.kl_div(log_p, q, reduction="none").sum(dim=1).mean() * temperature**2

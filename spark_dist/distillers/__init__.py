@@ -9,15 +9,49 @@ import inspect
 from data_tools.errors import UserError, unknown_name
 from spark_dist.networks.base import Taps
 
+from .at import AT
 from .base import Distiller
+from .crd import CRD
+from .cwd import CWD
+from .dist import DIST
+from .ehcdatt import EhcdAtt
+from .emkd import EMKD
+from .gid import GID
 from .kd import KD
+from .lskd import LSKD
+from .lsr import LSR
+from .mgd import MGD
+from .ofd import OFD
+from .reviewehcdatt import ReviewEhcdAtt
+from .reviewkd import ReviewKD
+from .rkd import RKD
+from .sp import SP
 from .spark import SPARK
+from .tfkd import TfKD
+from .vid import VID
 
 __all__ = ["DISTILLERS", "Distiller", "build_distiller", "distiller_settings"]
 
 DISTILLERS = {
+    "at": AT,
+    "crd": CRD,
+    "cwd": CWD,
+    "dist": DIST,
+    "ehcdatt": EhcdAtt,
+    "emkd": EMKD,
+    "gid": GID,
     "kd": KD,
+    "lskd": LSKD,
+    "lsr": LSR,
+    "mgd": MGD,
+    "ofd": OFD,
+    "reviewehcdatt": ReviewEhcdAtt,
+    "reviewkd": ReviewKD,
+    "rkd": RKD,
+    "sp": SP,
     "spark": SPARK,
+    "tfkd": TfKD,
+    "vid": VID,
 }
 
 STRUCTURAL = {"self", "student", "teacher", "samples"}

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from spark_dist.losses import kl, segmentation
+from spark_dist import losses
 from spark_dist.networks.base import NetworkOutput, Taps
 
 from .base import Distiller
@@ -28,6 +28,6 @@ class KD(Distiller):
         self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
     ) -> dict[str, Tensor]:
         return {
-            "segmentation": self.segmentation * segmentation(student.logits, mask),
-            "kl": self.kl * kl(student.logits, targets["logits"], self.temperature),
+            "segmentation": self.segmentation * losses.segmentation(student.logits, mask),
+            "kl": self.kl * losses.kl(student.logits, targets["logits"], self.temperature),
         }

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from spark_dist.losses import segmentation
+from spark_dist import losses
 from spark_dist.networks.base import NetworkOutput
 
 from .base import Distiller
@@ -17,4 +17,4 @@ class Plain(Distiller):
     def forward(
         self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
     ) -> dict[str, Tensor]:
-        return {"segmentation": segmentation(student.logits, mask)}
+        return {"segmentation": losses.segmentation(student.logits, mask)}

@@ -2,14 +2,13 @@
 
 from torch import Tensor, nn
 
-from spark_dist.losses import kl, segmentation
+from spark_dist import losses
 from spark_dist.networks.base import NetworkOutput, Taps
 
 from .base import Distiller
 from .features import (
     attention_enhanced,
     connector,
-    crop_free_gain,
     hierarchical_mse,
     map_size,
     pool_to,
@@ -27,10 +26,10 @@ class SPARK(Distiller):
     segmentation · (½ focal + ½ soft Dice) + ced · CED + kl · T² KL(teacher ‖ student).
 
     The gain holds at a crop of `reference_crop`² pixels (the paper's 384), and grows with √(H·W) so that the term
-    weighs the same at every crop (see `crop_free_gain`).
+    weighs the same at every crop (see `attention_enhanced`).
 
     Caches the logits, and the teacher's enhanced maps pooled to the size at which the student's largest map meets
-    them. Defined per sample, but for the batch norm of the connectors, which takes each process's own batch.
+    them. Defined per sample, but for the connectors' batch norm.
     """
 
     def __init__(
@@ -49,41 +48,41 @@ class SPARK(Distiller):
         super().__init__()
         self.segmentation, self.ced, self.kl, self.temperature = segmentation, ced, kl, temperature
         self.gain, self.reference_crop = gain, reference_crop
-        self.student_taps, self.teacher_taps = student, teacher
+        self.student, self.teacher = student, teacher
         self.pairs = {("low", "low"): 1.0, ("high", "low"): high_low, ("high", "high"): 1.0, ("low", "high"): low_high}
         self.connectors = nn.ModuleDict(
             {f"{s}_{t}": connector(getattr(student, s).channels, getattr(teacher, t).channels) for s, t in self.pairs}
         )
 
-    def enhanced(self, output: NetworkOutput, taps: Taps) -> dict[str, Tensor]:
-        """The attention-enhanced maps `low` and `high` of a network."""
-        maps = {"low": (output.low, taps.low), "high": (output.high, taps.high)}
-        return {
-            name: attention_enhanced(x, crop_free_gain(self.gain, x, tap.stride, self.reference_crop))
-            for name, (x, tap) in maps.items()
-        }
+    def enhanced(self, x: Tensor, stride: int) -> Tensor:
+        """The attention-enhanced features of a map with a stride."""
+        return attention_enhanced(x, self.gain, stride, self.reference_crop)
 
     def teacher_targets(self, teacher: NetworkOutput, mask: Tensor) -> dict[str, Tensor]:
-        largest = max(map_size(self.student_taps.low, mask), map_size(self.student_taps.high, mask))
-        maps = self.enhanced(teacher, self.teacher_taps)
+        largest = max(map_size(self.student.low, mask), map_size(self.student.high, mask))
+        low = self.enhanced(teacher.low, self.teacher.low.stride)
+        high = self.enhanced(teacher.high, self.teacher.high.stride)
         return {
             "logits": teacher.logits,
-            **{name: pool_to(x, smaller(size_of(x), largest)) for name, x in maps.items()},
+            "low": pool_to(low, smaller(size_of(low), largest)),
+            "high": pool_to(high, smaller(size_of(high), largest)),
         }
 
     def forward(
         self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
     ) -> dict[str, Tensor]:
-        maps = self.enhanced(student, self.student_taps)
         # The connectors take the student's number format, which is not float32 where DeepSpeed casts the model.
+        maps = {
+            "low": self.enhanced(student.low, self.student.low.stride).to(student.low.dtype),
+            "high": self.enhanced(student.high, self.student.high.stride).to(student.high.dtype),
+        }
         ced = sum(
-            weight * distance(maps[s].to(student.low.dtype), targets[t], self.connectors[f"{s}_{t}"])
-            for (s, t), weight in self.pairs.items()
+            weight * distance(maps[s], targets[t], self.connectors[f"{s}_{t}"]) for (s, t), weight in self.pairs.items()
         )
         return {
-            "segmentation": self.segmentation * segmentation(student.logits, mask),
+            "segmentation": self.segmentation * losses.segmentation(student.logits, mask),
             "ced": self.ced * ced,
-            "kl": self.kl * kl(student.logits, targets["logits"], self.temperature),
+            "kl": self.kl * losses.kl(student.logits, targets["logits"], self.temperature),
         }
 
 

@@ -1,0 +1,32 @@
+"""Label smoothing as distillation."""
+
+from torch import Tensor
+
+from spark_dist import losses
+from spark_dist.networks.base import NetworkOutput, Taps
+
+from .base import Distiller
+
+
+class LSR(Distiller):
+    """Label smoothing regularisation in the form that Yuan et al. (CVPR 2020, arXiv 1909.11723) show it to be: a
+    teacher that is the mask itself, at a high temperature, beside a little of the real one.
+
+    truth · T² KL(mask ‖ student) + kl · T² KL(teacher ‖ student), the mask being taken for logits.
+    Caches the logits. Defined per sample.
+    """
+
+    def __init__(self, student: Taps, teacher: Taps, truth: float = 0.95, kl: float = 0.05, temperature: float = 40.0):
+        super().__init__()
+        self.truth, self.kl, self.temperature = truth, kl, temperature
+
+    def teacher_targets(self, teacher: NetworkOutput, mask: Tensor) -> dict[str, Tensor]:
+        return {"logits": teacher.logits}
+
+    def forward(
+        self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
+    ) -> dict[str, Tensor]:
+        return {
+            "truth": self.truth * losses.kl(student.logits, mask, self.temperature),
+            "kl": self.kl * losses.kl(student.logits, targets["logits"], self.temperature),
+        }
