@@ -1,0 +1,90 @@
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from golden import SEEDS, golden_inputs, golden_values
+
+from spark_dist import losses
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_segmentation_loss_and_its_parts_have_the_reference_values(shared, seed):
+    student, _, mask = golden_inputs(seed)
+    expected = golden_values(shared, seed)["segmentation"]
+    assert losses.focal(student.logits, mask).item() == pytest.approx(expected["focal(gamma=2)"], rel=1e-5)
+    assert losses.soft_dice(student.logits, mask).item() == pytest.approx(expected["soft dice"], rel=1e-5)
+    assert losses.segmentation(student.logits, mask).item() == pytest.approx(expected["0.5*focal+0.5*dice"], rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_kl_has_the_reference_value(shared, seed):
+    student, teacher, _ = golden_inputs(seed, same_channels=True)
+    expected = golden_values(shared, seed)["SPARK_parts_same_channels"]["mask_kl_T4"]
+    assert losses.kl(student.logits, teacher.logits, 4).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_kl_is_that_of_the_teacher_from_the_student():
+    student, teacher = np.random.default_rng(0).normal(0, 3, (2, 2, 2, 5, 5))
+    p, q = (np.exp(x / 2) / np.exp(x / 2).sum(axis=1, keepdims=True) for x in (student, teacher))
+    expected = 4 * (q * np.log(q / p)).sum(axis=1).mean()
+    assert losses.kl(torch.tensor(student), torch.tensor(teacher), 2).item() == pytest.approx(expected, rel=1e-5)
+    assert losses.kl(torch.tensor(teacher), torch.tensor(teacher), 2).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_dice_is_of_the_batch_and_not_a_mean_over_slices():
+    logits = torch.tensor([[-9.0, 9.0], [9.0, -9.0]]).view(2, 2, 1, 1).expand(2, 2, 8, 8)
+    mask = torch.zeros(2, 2, 8, 8)
+    mask[0, 1] = mask[1, 1, :4] = 1
+    mask[:, 0] = 1 - mask[:, 1]
+    # The first slice is right; half of the second is missed: 2·64 / (64 + 96).
+    assert losses.soft_dice(logits, mask).item() == pytest.approx(1 - 129 / 161, rel=1e-4)
+
+
+def test_an_empty_slice_found_empty_costs_nothing():
+    logits = torch.tensor([20.0, -20.0]).view(1, 2, 1, 1).expand(1, 2, 8, 8)
+    mask = torch.stack([torch.ones(1, 8, 8), torch.zeros(1, 8, 8)], dim=1)
+    assert losses.segmentation(logits, mask).item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [1.0, 60.0])
+def test_half_precision_logits_give_float32_losses_and_finite_gradients(size):
+    student, teacher, mask = golden_inputs(0)
+    logits = (size * student.logits).bfloat16().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = losses.segmentation(logits, mask) + losses.kl(logits, (size * teacher.logits).bfloat16(), 4)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert logits.grad.isfinite().all()
+    exact = losses.segmentation(logits.float(), mask) + losses.kl(logits.float(), size * teacher.logits, 4)
+    assert loss.item() == pytest.approx(exact.item(), rel=0.01)
+
+
+def train_on_a_part(rank: int, folder: str) -> None:
+    """What a process of two does with its part of four slices under DDP, which averages gradients."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    student, _, mask = golden_inputs(0)
+    part = slice(0, 3) if rank == 0 else slice(3, 4)
+    logits = student.logits[part].requires_grad_()
+    loss = losses.segmentation(logits, mask[part]) * (len(logits) * 2 / 4)
+    loss.backward()
+    mean = loss.detach() / 2
+    dist.all_reduce(mean)
+    with torch.no_grad():
+        alone = losses.segmentation(logits, mask[part])
+    torch.save({"loss": mean, "gradient": logits.grad / 2, "alone": alone}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_have_the_loss_and_the_gradient_of_one(tmp_path):
+    torch.multiprocessing.spawn(train_on_a_part, args=(str(tmp_path),), nprocs=2)
+    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    student, _, mask = golden_inputs(0)
+    logits = student.logits.requires_grad_()
+    loss = losses.segmentation(logits, mask)
+    loss.backward()
+    assert [part["loss"].item() for part in parts] == [pytest.approx(loss.item(), rel=1e-6)] * 2
+    torch.testing.assert_close(torch.cat([part["gradient"] for part in parts]), logits.grad, rtol=1e-5, atol=1e-9)
+    # Without gradients, nothing is shared: a process can evaluate by itself.
+    assert parts[1]["alone"].item() == pytest.approx(losses.segmentation(logits[3:], mask[3:]).item(), rel=1e-6)
