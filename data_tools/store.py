@@ -52,8 +52,8 @@ class Case:
     label_counts: np.ndarray
     """(Z, 3) voxels of background, organ, tumour in each slice."""
     source: dict[str, Any]
-    """The files that the case was made of: name and sha256 of image and label, and the image's orientation, shape,
-    affine and dtype."""
+    """The files that the case was made of: image_sha256 and label_sha256, and `image` and `label` with each file's
+    name, orientation, shape, affine and dtype."""
 
     def task_slices(self, task: str) -> np.ndarray:
         """Indices of the slices that have voxels of the task's target."""
@@ -156,8 +156,8 @@ def write_split(path: Path, name: str, record: Mapping[str, Any]) -> None:
     splits.create_group(name, attributes=dict(record))
 
 
-def open_store(path: Path) -> Store:
-    """Open a store for reading.
+def open_store(path: Path, only: str = "*") -> Store:
+    """Open a store for reading, with all cases or `only` one.
 
     Raises `UserError` if there is no store at `path`, it was made by another version, or it holds no case.
     """
@@ -169,7 +169,7 @@ def open_store(path: Path) -> Store:
             "prepare it again from the NIfTI files"
         )
     cases = {}
-    for file in sorted(path.glob("cases/*/zarr.json")):
+    for file in sorted(path.glob(f"cases/{only}/zarr.json")):
         facts = _read_json(file).get("attributes", {})
         if facts.get("complete"):
             cases[file.parent.name] = _case(file.parent, facts)

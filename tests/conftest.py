@@ -60,7 +60,8 @@ def tiny_store(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def launch():
-    """Run a module of spark_dist as users do: launch(2, "train", "--epochs", 1, cwd=…) starts two processes."""
+    """Run a module of spark_dist as users do, or a script of these tests: launch(2, "train", "--epochs", 1, cwd=…)
+    starts two processes."""
 
     def run(processes: int, command: str, *arguments, cwd: Path, code: int = 0) -> subprocess.CompletedProcess:
         start = [sys.executable, "-m"]
@@ -68,7 +69,11 @@ def launch():
             config = ROOT / "accelerate_config.yaml"
             start += ["accelerate.commands.launch", "--config_file", config, "--num_processes", processes]
             start += ["--main_process_port", free_port(), "-m"]
-        line = [str(part) for part in [*start, f"spark_dist.{command}", *arguments]]
+        if command.endswith(".py"):
+            start, command = start[:-1], ROOT / "tests" / "scripts" / command
+        else:
+            command = f"spark_dist.{command}"
+        line = [str(part) for part in [*start, command, *arguments]]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         result = subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
         assert result.returncode == code, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr[-6000:]}"

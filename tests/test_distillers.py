@@ -69,6 +69,8 @@ def every_method(test):
     ],
 )
 def test_the_total_has_the_reference_value(shared, name, key, seed):
+    # The KL at temperature 40 is a small difference: in float32 the reference for lsr is 1.6e-4 from the exact value,
+    # and the same arithmetic gives the same rounding.
     distiller = build(name, STUDENT, TEACHER)
     total = sum(terms_of(distiller, *golden_inputs(seed)).values())
     assert total.item() == pytest.approx(golden_values(shared, seed)["total"][key], rel=1e-5)
@@ -514,12 +516,10 @@ def test_bfloat16_features_under_autocast_give_finite_float32_terms(name):
     assert all(x.grad is None or x.grad.isfinite().all() for x in half)
 
 
-@every_method
-def test_autocast_does_not_touch_the_losses(name):
+@pytest.mark.parametrize("name", sorted(set(DISTILLERS) - {"mgd", "ofd", "reviewehcdatt", "reviewkd", "spark", "vid"}))
+def test_autocast_changes_nothing_but_convolutions(name):
     student, teacher, mask = case(name)
     distiller = build(name).eval()
-    if any(isinstance(m, nn.Conv2d) for m in distiller.modules()):
-        pytest.skip("its connectors may run in bfloat16")
     targets = distiller.teacher_targets(teacher, mask)
     exact = distiller(student, targets, mask, torch.arange(3))
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -75,6 +75,24 @@ def test_an_epoch_from_the_cache_gives_the_weights_of_a_live_one(distilled, tmp_
 
 @pytest.mark.launch
 @pytest.mark.slow
+def test_two_and_three_processes_train_as_one_does(launch, tiny_store, tmp_path):
+    """The soft Dice is over the global batch, uneven shares count by their size: the weights agree."""
+    command = ("--dataset", tiny_store, *SMALL, "--teacher", "unet", "--teacher-width", 0.05)
+    command += ("--student", "without-norm", "--method", "kd", "--epochs", 3)
+    launch(1, "distill", *command, "--student", "enet", "--epochs", 1, "--out", "teacher", cwd=tmp_path)
+    command += ("--teacher-checkpoint", tmp_path / "teacher" / "teacher" / "best.safetensors", "--cache", "off")
+    weights = {}
+    for processes in (1, 2, 3):
+        launch(processes, "distill_without_norm.py", *command, "--out", f"of-{processes}", cwd=tmp_path)
+        state = torch.load(tmp_path / f"of-{processes}" / "student" / "state.pt", weights_only=True)
+        weights[processes] = state["model"]
+    for processes in (2, 3):
+        for key, value in weights[1].items():
+            torch.testing.assert_close(weights[processes][key], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.launch
+@pytest.mark.slow
 def test_figures_do_not_depend_on_the_number_of_processes(launch, tiny_store, tmp_path):
     data = ("--dataset", tiny_store)
     launch(1, "train", *data, *SMALL, "--network", "enet", "--width", 0.25, "--epochs", 1, "--out", "a", cwd=tmp_path)

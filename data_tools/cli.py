@@ -1,0 +1,134 @@
+"""`spark-data`: phantom, prepare, split, info."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.progress import track
+
+from .errors import UserError
+from .layouts import LAYOUTS
+from .report import console
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand. Returns the exit code: 0, 1 if a case failed, 2 for a mistake on the command line."""
+    options = parser().parse_args(argv)
+    try:
+        return options.run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="spark-data", description="NIfTI volumes to slice stores.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    phantom = commands.add_parser("phantom", help="write synthetic abdominal CT in the KiTS layout")
+    phantom.add_argument("out", type=Path, help="folder to write to")
+    phantom.add_argument("--cases", type=int, default=12, help="number of cases (default 12)")
+    phantom.add_argument("--seed", type=int, default=0, help="seed; case k is the same however many there are")
+    phantom.add_argument("--size", type=int, default=96, help="about how many pixels a slice's side has (default 96)")
+    phantom.set_defaults(run=run_phantom)
+
+    prepare = commands.add_parser("prepare", help="volumes to a slice store; cases that are there are skipped")
+    prepare.add_argument("input", type=Path, help="folder of the data set")
+    prepare.add_argument("store", type=Path, help="slice store to make or to go on with")
+    prepare.add_argument("--layout", choices=sorted(LAYOUTS), required=True, help="how the folder is arranged")
+    prepare.add_argument(
+        "--labels", required=True, help="source values of organ and tumour: organ=1,tumour=2 or organ=1+3"
+    )
+    prepare.add_argument("--other", choices=["background"], help="take undeclared label values as background")
+    prepare.add_argument(
+        "--window",
+        help="intensities that become −1 and 1: LOW,HIGH (HU) or percentile (0.5 and 99.5 of each case); default: "
+        "-200,300, lits -60,140, MR percentile",
+    )
+    prepare.add_argument("--channel", type=int, default=0, help="which of several channels of an image (default 0)")
+    prepare.add_argument("--image-pattern", help='layout pairs: images below the folder, like "ct/{case}.nii.gz"')
+    prepare.add_argument("--label-pattern", help='layout pairs: labels below the folder, like "organs/{case}.nii.gz"')
+    prepare.add_argument("--workers", type=int, default=0, help="parallel processes (default: the cores)")
+    prepare.set_defaults(run=run_prepare)
+
+    split = commands.add_parser("split", help="divide the cases into train, val and test")
+    split.add_argument("store", type=Path, help="slice store")
+    for part, fraction in (("train", 0.7), ("val", 0.15), ("test", 0.15)):
+        split.add_argument(
+            f"--{part}", type=float, default=fraction, help=f"fraction of the cases (default {fraction})"
+        )
+    split.add_argument("--seed", type=int, default=0, help="seed of the division")
+    split.add_argument("--name", default="default", help="name of the split; a split never changes")
+    split.set_defaults(run=run_split)
+
+    info = commands.add_parser("info", help="what is in a store")
+    info.add_argument("store", type=Path, help="slice store")
+    info.set_defaults(run=run_info)
+    return top
+
+
+def run_phantom(options: argparse.Namespace) -> int:
+    from .phantom import write_phantoms
+
+    steps = iter(track(range(options.cases), "phantom", console=console, transient=True))
+    write_phantoms(options.out, options.cases, options.seed, options.size, lambda: next(steps, None))
+    console.print(f"{options.cases} cases in {options.out}")
+    return 0
+
+
+def run_prepare(options: argparse.Namespace) -> int:
+    from . import prepare
+
+    settings = prepare.Options(
+        store=options.store,
+        labels=prepare.parse_labels(options.labels),
+        other=options.other == "background",
+        window=prepare.parse_window(options.window, options.layout, options.input),
+        channel=options.channel,
+    )
+    patterns = (options.image_pattern, options.label_pattern)
+    sources = prepare.find_sources(options.input, options.layout, patterns)
+    workers = options.workers or prepare.default_workers()
+    return 1 if prepare.prepare(options.input, options.layout, sources, settings, workers) else 0
+
+
+def run_split(options: argparse.Namespace) -> int:
+    from .split import PARTS, make_split
+    from .store import open_store, write_split
+
+    record = make_split(open_store(options.store), {part: getattr(options, part) for part in PARTS}, options.seed)
+    write_split(options.store, options.name, record)
+    console.print(f"split '{options.name}': " + ", ".join(f"{len(record[part])} {part}" for part in PARTS))
+    return 0
+
+
+def run_info(options: argparse.Namespace) -> int:
+    from .prepare import case_row, cases_table
+    from .store import open_store
+
+    store = open_store(options.store)
+    table = cases_table(str(options.store))
+    for case in store.cases.values():
+        table.add_row(*case_row(case))
+    console.print(table)
+    window = store.attributes["window"]
+    size = sum(file.stat().st_size for file in options.store.rglob("*") if file.is_file())
+    slices = sum(case.shape[0] for case in store.cases.values())
+    console.print(
+        f"{len(store.cases)} cases, {slices} slices, {size / 2**20:.1f} MiB, fingerprint {store.fingerprint()}"
+    )
+    console.print(
+        f"labels {store.attributes['labels']}, window {window['low']:g}…{window['high']:g} ({window['kind']})"
+    )
+    for name, split in store.splits.items():
+        counts = ", ".join(f"{len(split[part])} {part}" for part in ("train", "val", "test"))
+        console.print(f"split '{name}': {counts}, seed {split['seed']}")
+    return 0
