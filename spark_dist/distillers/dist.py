@@ -20,7 +20,7 @@ class DIST(Distiller):
     intra-class relation; with two classes it is the same for both. Its inter-class relation, the correlation over the
     classes of one pixel, is ±1 for any two classes and teaches nothing, so it is left out.
 
-    Caches the probability of the target. Defined over the whole batch (of all processes).
+    Caches the difference of the two logits. Defined over the whole batch (of all processes).
     """
 
     def __init__(
@@ -29,21 +29,23 @@ class DIST(Distiller):
         super().__init__()
         self.segmentation, self.intra, self.temperature = segmentation, intra, temperature
 
-    def probability(self, logits: Tensor) -> Tensor:
-        """Of the target, (N, H, W)."""
-        return (logits.float() / self.temperature).softmax(dim=1)[:, 1]
-
     def teacher_targets(self, teacher: NetworkOutput, mask: Tensor) -> dict[str, Tensor]:
-        return {"probability": self.probability(teacher.logits)}
+        return {"margin": margin(teacher.logits)}
 
     def forward(
         self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
     ) -> dict[str, Tensor]:
-        r = correlation(self.probability(student.logits), targets["probability"])
+        p = (margin(student.logits) / self.temperature).sigmoid()
+        q = (targets["margin"].float() / self.temperature).sigmoid()
         return {
             "segmentation": self.segmentation * losses.segmentation(student.logits, mask),
-            "intra": self.intra * self.temperature**2 * (1 - r),
+            "intra": self.intra * self.temperature**2 * (1 - correlation(p, q)),
         }
+
+
+def margin(logits: Tensor) -> Tensor:
+    """By how much the target's logit exceeds the background's, (N, H, W)."""
+    return logits[:, 1].float() - logits[:, 0].float()
 
 
 def correlation(x: Tensor, y: Tensor) -> Tensor:
