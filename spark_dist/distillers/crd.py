@@ -58,11 +58,12 @@ class CRD(Distiller):
     def forward(
         self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
     ) -> dict[str, Tensor]:
+        sizes = batch_sizes(index)
         # Linear layers are computed in float32, as exp(·/0.07) magnifies rounding.
         with torch.autocast(mask.device.type, enabled=False):
             of_student = embedding(self.embed_student, student.high.float().mean(dim=(2, 3)))
             of_teacher = embedding(self.embed_teacher, targets["high"].float())
-            rows = self.draw(index)
+            rows = self.draw(index, sizes)
             scores = torch.stack(
                 [
                     self.scores(of_student, self.teacher_memory[rows]),
@@ -70,18 +71,18 @@ class CRD(Distiller):
                 ]
             )
         if self.training:
-            self.remember(index, of_student.detach(), of_teacher.detach(), scores.detach())
+            self.remember(index, of_student.detach(), of_teacher.detach(), scores.detach(), sizes)
         contrast = self.estimation(scores / self.normalisers.float().view(2, 1, 1))
         return {
             "cross_entropy": self.cross_entropy * F.cross_entropy(student.logits.float(), mask),
             "contrast": self.contrast * contrast,
         }
 
-    def draw(self, index: Tensor) -> Tensor:
-        """Rows of the memory (N, 1 + negatives): each sample's own, then those of other slices."""
+    def draw(self, index: Tensor, sizes: list[int]) -> Tensor:
+        """Rows of the memory (N, 1 + negatives): each sample's own, then those of other slices. `sizes` are the
+        processes' numbers of samples."""
         if self.samples < 2:
             raise UserError("method 'crd' contrasts a slice with others; it needs at least two training slices")
-        sizes = batch_sizes(index)
         first = sum(sizes[: dist.get_rank()]) if len(sizes) > 1 else 0
         generator = torch.Generator().manual_seed(int(self.step))
         steps = torch.randint(1, self.samples, (sum(sizes), self.negatives), generator=generator)
@@ -102,13 +103,13 @@ class CRD(Distiller):
         return -(log_positive + log_negative.sum(dim=2)).mean(dim=1).sum()
 
     @torch.no_grad()
-    def remember(self, index: Tensor, of_student: Tensor, of_teacher: Tensor, scores: Tensor) -> None:
+    def remember(self, index: Tensor, of_student: Tensor, of_teacher: Tensor, scores: Tensor, sizes: list[int]) -> None:
         """Enter the embeddings of the global batch into the memory; at the first step, set the normalisers."""
         if self.step == 0:
-            self.normalisers.copy_(gather(scores.mean(dim=2).T).mean(dim=0) * self.samples)
-        index = gather(index)
+            self.normalisers.copy_(gather(scores.mean(dim=2).T, sizes).mean(dim=0) * self.samples)
+        index = gather(index, sizes)
         for memory, embeddings in ((self.student_memory, of_student), (self.teacher_memory, of_teacher)):
-            entries = MOMENTUM * memory[index] + (1 - MOMENTUM) * gather(embeddings)
+            entries = MOMENTUM * memory[index] + (1 - MOMENTUM) * gather(embeddings, sizes)
             memory[index] = F.normalize(entries, dim=1).to(memory.dtype)
         self.step += 1
 
@@ -127,9 +128,8 @@ def batch_sizes(x: Tensor) -> list[int]:
     return [int(size) for size in sizes]
 
 
-def gather(x: Tensor) -> Tensor:
-    """The rows of all processes in the order of their ranks, without gradient."""
-    sizes = batch_sizes(x)
+def gather(x: Tensor, sizes: list[int]) -> Tensor:
+    """The rows of all processes, which have `sizes` of them, in the order of their ranks, without gradient."""
     if len(sizes) == 1:
         return x
     # Parts of unequal length are padded, as not every backend gathers them.
