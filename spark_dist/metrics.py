@@ -1,0 +1,144 @@
+"""Overlap and surface distances on whole volumes, and their summary over cases.
+
+The target of a prediction and of the truth are boolean volumes (Z, H, W). A case's figures are a flat dict: dice, voe,
+rvd, hd, hd95 and assd of the protocol `volume` (all slices), and dice_labelled, voe_labelled and rvd_labelled of the
+protocol `labelled-slices` (only slices that show the target, which is how the original system measured).
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.errors import UserError
+
+RESAMPLES = 10_000
+
+
+def overlap_counts(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Voxels in each slice, (Z, 3) int64: in both, predicted, true."""
+    return np.stack([v.sum(axis=(1, 2), dtype=np.int64) for v in (prediction & truth, prediction, truth)], axis=1)
+
+
+def dice(counts: np.ndarray) -> float:
+    """Dice of summed counts (3,). Nothing predicted where nothing is: 1."""
+    both, predicted, true = (int(v) for v in counts)
+    return 2 * both / (predicted + true) if predicted + true else 1.0
+
+
+def voe(counts: np.ndarray) -> float:
+    """Volumetric overlap error, 1 − intersection over union."""
+    both, predicted, true = (int(v) for v in counts)
+    return 1 - both / (predicted + true - both) if predicted + true else 0.0
+
+
+def rvd(counts: np.ndarray) -> float:
+    """Relative volume difference, (predicted − true) / true; infinite where something is predicted and nothing is."""
+    _, predicted, true = (int(v) for v in counts)
+    if true == 0:
+        return math.inf if predicted else 0.0
+    return (predicted - true) / true
+
+
+def surface_distances(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> dict[str, float]:
+    """hd, hd95 and assd in mm between the surfaces of two volumes; `spacing` in mm for each axis.
+
+    A surface is the voxels of a volume that touch what is outside it by a face (also at the volume's border).
+    hd: the largest distance from either surface to the other; hd95: the larger of the two directions' 95th percentiles;
+    assd: the mean over the voxels of both surfaces. Nothing in both: 0; nothing in one of them: infinite, a miss.
+    """
+    if not prediction.any() or not truth.any():
+        value = 0.0 if prediction.any() == truth.any() else math.inf
+        return {"hd": value, "hd95": value, "assd": value}
+    import torch
+    from monai.metrics.utils import get_edge_surface_distance, get_mask_edges
+
+    # Only the part of the volume that holds either of them, and a margin so that a border is a surface.
+    box = tuple(slice(np.flatnonzero(v)[0], np.flatnonzero(v)[-1] + 1) for v in occupied(prediction | truth))
+    volumes = [torch.from_numpy(np.pad(v[box], 1)) for v in (prediction, truth)]
+    edges = get_mask_edges(*volumes, crop=False)
+    edges = [torch.as_tensor(edge, dtype=torch.bool) for edge in edges]
+    _, distances, _ = get_edge_surface_distance(
+        *edges, distance_metric="euclidean", spacing=list(spacing), symmetric=True
+    )
+    there, back = (np.asarray(d, dtype=np.float64) for d in distances)
+    return {
+        "hd": float(max(there.max(), back.max())),
+        "hd95": float(max(np.percentile(there, 95), np.percentile(back, 95))),
+        "assd": float((there.sum() + back.sum()) / (there.size + back.size)),
+    }
+
+
+def occupied(volume: np.ndarray) -> list[np.ndarray]:
+    """For each axis, the indices at which the volume has anything."""
+    return [volume.any(axis=tuple(other for other in range(3) if other != axis)) for axis in range(3)]
+
+
+def case_metrics(
+    prediction: np.ndarray,
+    truth: np.ndarray,
+    spacing: Sequence[float],
+    distances: bool = True,
+    labelled: np.ndarray | None = None,
+) -> dict[str, float]:
+    """All figures of a case. `labelled` is the prediction for the protocol `labelled-slices`, where it differs."""
+    counts = overlap_counts(prediction, truth)
+    shown = overlap_counts(prediction if labelled is None else labelled, truth)[counts[:, 2] > 0]
+    figures = {"dice": dice, "voe": voe, "rvd": rvd}
+    result = {name: figure(counts.sum(axis=0)) for name, figure in figures.items()}
+    if distances:
+        result |= surface_distances(prediction, truth, spacing)
+    return result | {f"{name}_labelled": figure(shown.sum(axis=0)) for name, figure in figures.items()}
+
+
+def summarise(values: Sequence[float]) -> dict[str, Any]:
+    """Mean over cases with its 95% bootstrap interval, and how many cases are infinite.
+
+    `mean`, `low` and `high` are over the finite values (NaN if there is none), so they never go without `misses`;
+    `median` counts a miss as larger than everything.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    finite = values[np.isfinite(values)]
+    mean, low, high = bootstrap(finite) if finite.size else (math.nan,) * 3
+    return {
+        "mean": mean,
+        "low": low,
+        "high": high,
+        "median": float(np.median(values)),
+        "misses": int(values.size - finite.size),
+        "cases": int(values.size),
+    }
+
+
+def paired_difference(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, Any]:
+    """Mean of a − b over the cases of both with its 95% bootstrap interval."""
+    cases = sorted(a.keys() & b.keys())
+    if not cases:
+        raise UserError("the two runs have no test case in common")
+    mean, low, high = bootstrap(np.array([a[case] - b[case] for case in cases]))
+    return {"mean": mean, "low": low, "high": high, "cases": len(cases)}
+
+
+def bootstrap(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean and its 95% percentile interval over `RESAMPLES` resamples, the same for the same values."""
+    random = np.random.default_rng(0)
+    means = values[random.integers(0, values.size, (RESAMPLES, values.size))].mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(values.mean()), float(low), float(high)
+
+
+def write_cases(path: Path, cases: Mapping[str, Mapping[str, float]], **facts: Any) -> None:
+    """Figures of every case as JSON, with `facts` about them. Infinite values are written as "inf"."""
+    from .checkpoint import write_text
+
+    rows = {case: {k: v if math.isfinite(v) else str(v) for k, v in figures.items()} for case, figures in cases.items()}
+    write_text(Path(path), json.dumps({**facts, "cases": rows}, indent=1, allow_nan=False))
+
+
+def read_cases(path: Path) -> dict[str, dict[str, float]]:
+    """Figures of every case as `write_cases` wrote them."""
+    rows = json.loads(Path(path).read_text())["cases"]
+    return {case: {key: float(value) for key, value in figures.items()} for case, figures in rows.items()}
