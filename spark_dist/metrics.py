@@ -7,6 +7,7 @@ protocol `labelled-slices` (only slices that show the target, which is how the o
 
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,10 @@ def surface_distances(prediction: np.ndarray, truth: np.ndarray, spacing: Sequen
     # Only the part of the volume that holds either of them, and a margin so that a border is a surface.
     box = tuple(slice(np.flatnonzero(v)[0], np.flatnonzero(v)[-1] + 1) for v in occupied(prediction | truth))
     volumes = [torch.from_numpy(np.pad(v[box], 1)) for v in (prediction, truth)]
-    edges = get_mask_edges(*volumes, crop=False)
-    edges = [torch.as_tensor(edge, dtype=torch.bool) for edge in edges]
+    with warnings.catch_warnings():
+        # MONAI warns of the default of one of its own arguments.
+        warnings.simplefilter("ignore", FutureWarning)
+        edges = [torch.as_tensor(edge, dtype=torch.bool) for edge in get_mask_edges(*volumes, crop=False)]
     _, distances, _ = get_edge_surface_distance(
         *edges, distance_metric="euclidean", spacing=list(spacing), symmetric=True
     )
