@@ -7,6 +7,7 @@ server that is slow, down or away costs a warning; what could not be sent stays 
     FOLDER/tracking.json     the MLflow run's id, and how many lines of the journal it has
 """
 
+import fcntl
 import json
 import logging
 import os
@@ -29,6 +30,8 @@ PATIENCE = 10
 """Seconds that the end of a run waits for the server."""
 SYSTEM_SECONDS = 10
 """Seconds between readings of the system metrics."""
+
+SQLITE = "sqlite:///"
 
 _sending = threading.Lock()
 """Runs of one process share the client, and a new SQLite file must be made by one of them."""
@@ -204,8 +207,7 @@ def sync(folder: Path, tracking_uri: str) -> int:
 
 def absolute_uri(uri: str) -> str:
     """A relative SQLite path made absolute, so that threads and children agree."""
-    prefix = "sqlite:///"
-    return f"{prefix}{Path(uri.removeprefix(prefix)).absolute()}" if uri.startswith(prefix) else uri
+    return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).absolute()}" if uri.startswith(SQLITE) else uri
 
 
 def append(folder: Path, event: Mapping[str, Any]) -> None:
@@ -238,8 +240,15 @@ def make_client(tracking_uri: str):
 
     for name in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
-
-    return MlflowClient(tracking_uri)
+    client = MlflowClient(tracking_uri)
+    if tracking_uri.startswith(SQLITE):
+        # Two jobs that make the tables of a new file at the same time leave it broken for good.
+        file = Path(tracking_uri.removeprefix(SQLITE))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file.with_name(f"{file.name}.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            client.search_experiments(max_results=1)
+    return client
 
 
 def create_run(client, about: Mapping[str, Any], tracking_uri: str) -> str:
@@ -254,8 +263,8 @@ def create_run(client, about: Mapping[str, Any], tracking_uri: str) -> str:
     experiment = client.get_experiment_by_name(about["experiment"])
     if experiment is None:
         place = None
-        if tracking_uri.startswith("sqlite:///"):
-            place = (Path(tracking_uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
+        if tracking_uri.startswith(SQLITE):
+            place = (Path(tracking_uri.removeprefix(SQLITE)).parent / "mlartifacts").as_uri()
         experiment_id = client.create_experiment(about["experiment"], artifact_location=place)
     else:
         experiment_id = experiment.experiment_id

@@ -161,6 +161,6 @@ def make_confident(teacher, table):
     """A fresh teacher answers the same everywhere, up to rounding; a trained one does not."""
     raw = SliceDataset(table, Crop((32, 32))).__getitems__(list(range(0, 8 * ORIENTATIONS, ORIENTATIONS)))
     with torch.no_grad():
-        for _ in range(30):
+        for _ in range(10):
             teacher.train()(to_device(raw, "organ", torch.device("cpu")).image)
         teacher.head.weight *= 10

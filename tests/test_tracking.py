@@ -1,5 +1,7 @@
 import json
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -88,3 +90,10 @@ def test_a_relative_database_is_made_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert absolute_uri("sqlite:///mlflow.db") == f"sqlite:///{tmp_path}/mlflow.db"
     assert absolute_uri("http://host:5000") == "http://host:5000"
+
+
+def test_jobs_that_start_together_make_one_database(store, tmp_path):
+    code = "import sys; from spark_dist.tracking import make_client; make_client(sys.argv[1])"
+    started = [subprocess.Popen([sys.executable, "-c", code, store]) for _ in range(3)]
+    assert [process.wait(120) for process in started] == [0, 0, 0]
+    assert make_client(store).search_experiments()
