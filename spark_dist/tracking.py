@@ -240,14 +240,15 @@ def make_client(tracking_uri: str):
 
     for name in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    client = MlflowClient(tracking_uri)
-    if tracking_uri.startswith(SQLITE):
-        # Two jobs that make the tables of a new file at the same time leave it broken for good.
-        file = Path(tracking_uri.removeprefix(SQLITE))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file.with_name(f"{file.name}.lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            client.search_experiments(max_results=1)
+    if not tracking_uri.startswith(SQLITE):
+        return MlflowClient(tracking_uri)
+    # Two jobs that make the tables of a new file at the same time leave it broken for good.
+    file = Path(tracking_uri.removeprefix(SQLITE))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file.with_name(f"{file.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        client = MlflowClient(tracking_uri)
+        client.search_experiments(max_results=1)
     return client
 
 
