@@ -78,7 +78,7 @@ def parse(options: type, argv: Sequence[str], program: str) -> Any:
     Raises `UserError` for anything that does not fit.
     """
     argv = [re.sub(r"^--[a-z][a-z0-9.-]*", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv]
-    parser = ArgumentParser(prog=program, exit_on_error=False, description=options.__doc__)
+    parser = ArgumentParser(prog=program, exit_on_error=False, allow_abbrev=False, description=options.__doc__)
     parser.add_argument("--config", metavar="FILE", help="Recipe: a YAML file of options (train and distill).")
     positional = [field for field in fields(options) if "positional" in field.metadata]
     for field in positional:

@@ -15,6 +15,7 @@ from torch import nn
 from data_tools.store import TASKS, Case, Store, open_store
 
 from .checkpoint import load_network
+from .cli import module_main
 from .data import Crop, VoxelReader, windowed
 from .distributed import make_accelerator, shut_down
 from .metrics import case_metrics, summarise, write_cases
@@ -151,3 +152,7 @@ def cases_table(cases: Mapping[str, Mapping[str, float]], title: str) -> Table:
     table.add_row("95% interval", *(f"{summary[key]['low']:.3f}–{summary[key]['high']:.3f}" for key in keys))
     table.add_row("missed", *(str(summary[key]["misses"]) for key in keys))
     return table
+
+
+if __name__ == "__main__":
+    module_main("spark_dist.evaluate")
