@@ -1,0 +1,85 @@
+"""What the README and the recipes tell people to type."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from data_tools.cli import parser
+from spark_dist.cli import COMMANDS, parse
+
+README = (ROOT / "README.md").read_text()
+
+
+def commands():
+    """The README's command lines, continued lines joined and comments taken off."""
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if words := shlex.split(line, comments=True):
+                yield words
+
+
+def test_there_are_commands():
+    assert len(list(commands())) > 10
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_commands_are_understood(words, monkeypatch):
+    from importlib import import_module
+
+    monkeypatch.chdir(ROOT)
+    if words[0] == "spark-data":
+        assert parser().parse_args(words[1:]).run
+    elif words[0] == "spark-dist":
+        parse(import_module(f"spark_dist.{words[1]}").OPTIONS, words[2:], "spark-dist")
+    elif words[:2] == ["accelerate", "launch"]:
+        assert Path(words[words.index("--config_file") + 1]).is_file()
+        module = words.index("-m") + 1
+        parse(import_module(words[module]).OPTIONS, words[module + 1 :], words[module])
+    elif words[0] == "make":
+        assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
+    else:
+        assert words[0] == "mlflow"
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "launch" / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_recipes_serve_both_commands(recipe):
+    from spark_dist.config import DistillOptions, TrainOptions
+    from spark_dist.distill import check
+    from spark_dist.job import check_network
+
+    train = parse(TrainOptions, ["--config", str(recipe), "--network", "enet"], "train")
+    check_network(train, train.network, train.width)
+    check(parse(DistillOptions, ["--config", str(recipe)], "distill"))
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_option_has_its_help(command, capsys):
+    from importlib import import_module
+
+    options = import_module(f"spark_dist.{command}").OPTIONS
+    with pytest.raises(SystemExit):
+        parse(options, ["--help"], command)
+    text = capsys.readouterr().out
+    for name in options.__dataclass_fields__:
+        assert re.search(rf"{name}\b[^\n]*\n?\s+\S", text), name
+
+
+@pytest.mark.launch
+@pytest.mark.slow
+def test_the_quickstart_runs_from_volumes_to_the_comparison(tmp_path):
+    script = ["bash", ROOT / "launch" / "quickstart.sh", tmp_path]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"CASES": "10", "EPOCHS": "1", "PATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "140"}
+    result = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr[-4000:]
+    table = result.stdout.split("Comparison on the test cases")[1]
+    for row in ("teacher", "student alone", "student, spark"):
+        assert row in table
+    assert (tmp_path / "predictions.png").stat().st_size > 10_000
+    assert "mlflow ui" in table
