@@ -8,7 +8,7 @@ from .base import NetworkOutput, Tap, Taps, scaled
 
 
 class ENet(nn.Module):
-    """The paper's five stages, with PReLU in the encoder and ReLU in the decoder.
+    """The paper's five stages, with PReLU throughout, and no batch norm between the two halves of an asymmetric 5×5.
 
     low is the initial block, high is the end of stage 3.
     """
@@ -21,15 +21,15 @@ class ENet(nn.Module):
         c16, c64, c128 = (4 * scaled(c // 4, width) for c in (16, 64, 128))
         self.taps = Taps(low=Tap(c16, 2), high=Tap(c128, 8))
         self.initial = Initial(in_channels, c16)
-        self.down1 = Downsampling(c16, c64)
+        self.down1 = Downsampling(c16, c64, inner=c16 // 4, dropout=0.01)
         self.stage1 = nn.Sequential(*(Bottleneck(c64, dropout=0.01) for _ in range(4)))
-        self.down2 = Downsampling(c64, c128, dropout=0.1)
+        self.down2 = Downsampling(c64, c128, inner=c128 // 4, dropout=0.1)
         self.stage2 = middle_stage(c128)
         self.stage3 = middle_stage(c128)
-        self.up4 = Upsampling(c128, c64)
-        self.stage4 = nn.Sequential(*(Bottleneck(c64, activation=nn.ReLU) for _ in range(2)))
-        self.up5 = Upsampling(c64, c16)
-        self.stage5 = Bottleneck(c16, activation=nn.ReLU)
+        self.up4 = Upsampling(c128, c64, kernel=2)
+        self.stage4 = nn.Sequential(*(Bottleneck(c64) for _ in range(2)))
+        self.up5 = Upsampling(c64, c16, kernel=3)
+        self.stage5 = Bottleneck(c16)
         self.head = nn.ConvTranspose2d(c16, classes, 3, stride=2, padding=1, output_padding=1, bias=False)
 
     def forward(self, x: Tensor) -> NetworkOutput:
@@ -63,38 +63,34 @@ class Initial(nn.Module):
         return self.activation(self.norm(torch.cat([self.conv(x), self.pool(x)], dim=1)))
 
 
-def convolution(conv: nn.Module, activation: type[nn.Module] | None) -> list[nn.Module]:
-    return [conv, nn.BatchNorm2d(conv.out_channels), *([activation()] if activation else [])]
+def normed(conv: nn.Module) -> list[nn.Module]:
+    """A convolution with batch norm."""
+    return [conv, nn.BatchNorm2d(conv.out_channels)]
 
 
 class Bottleneck(nn.Module):
     """1×1 down to a quarter of the channels, a 3×3 (dilated, or 5×1 and 1×5), 1×1 up, and the input added."""
 
-    def __init__(
-        self,
-        channels: int,
-        dilation: int = 1,
-        asymmetric: bool = False,
-        dropout: float = 0.1,
-        activation: type[nn.Module] = nn.PReLU,
-    ):
+    def __init__(self, channels: int, dilation: int = 1, asymmetric: bool = False, dropout: float = 0.1):
         super().__init__()
         inner = channels // 4
         if asymmetric:
             middle = [
-                *convolution(nn.Conv2d(inner, inner, (5, 1), padding=(2, 0), bias=False), activation),
-                *convolution(nn.Conv2d(inner, inner, (1, 5), padding=(0, 2), bias=False), activation),
+                nn.Conv2d(inner, inner, (5, 1), padding=(2, 0), bias=False),
+                nn.PReLU(),
+                *normed(nn.Conv2d(inner, inner, (1, 5), padding=(0, 2), bias=False)),
             ]
         else:
-            conv = nn.Conv2d(inner, inner, 3, padding=dilation, dilation=dilation, bias=False)
-            middle = convolution(conv, activation)
+            middle = normed(nn.Conv2d(inner, inner, 3, padding=dilation, dilation=dilation, bias=False))
         self.extension = nn.Sequential(
-            *convolution(nn.Conv2d(channels, inner, 1, bias=False), activation),
+            *normed(nn.Conv2d(channels, inner, 1, bias=False)),
+            nn.PReLU(),
             *middle,
-            *convolution(nn.Conv2d(inner, channels, 1, bias=False), None),
+            nn.PReLU(),
+            *normed(nn.Conv2d(inner, channels, 1, bias=False)),
             nn.Dropout2d(dropout),
         )
-        self.activation = activation()
+        self.activation = nn.PReLU()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.activation(x + self.extension(x))
@@ -103,14 +99,16 @@ class Bottleneck(nn.Module):
 class Downsampling(nn.Module):
     """Halves the map: max pooling, whose places are kept for the decoder, beside a bottleneck of stride 2."""
 
-    def __init__(self, channels: int, out_channels: int, dropout: float = 0.01):
+    def __init__(self, channels: int, out_channels: int, inner: int, dropout: float):
         super().__init__()
-        inner = channels // 4
         self.more = out_channels - channels
         self.extension = nn.Sequential(
-            *convolution(nn.Conv2d(channels, inner, 2, stride=2, bias=False), nn.PReLU),
-            *convolution(nn.Conv2d(inner, inner, 3, padding=1, bias=False), nn.PReLU),
-            *convolution(nn.Conv2d(inner, out_channels, 1, bias=False), None),
+            *normed(nn.Conv2d(channels, inner, 2, stride=2, bias=False)),
+            nn.PReLU(),
+            *normed(nn.Conv2d(inner, inner, 3, padding=1, bias=False)),
+            nn.PReLU(),
+            *normed(nn.Conv2d(inner, out_channels, 1, bias=False)),
+            nn.PReLU(),
             nn.Dropout2d(dropout),
         )
         self.activation = nn.PReLU()
@@ -124,17 +122,22 @@ class Downsampling(nn.Module):
 class Upsampling(nn.Module):
     """Doubles the map: unpooling to the encoder's places beside a bottleneck with a transposed convolution."""
 
-    def __init__(self, channels: int, out_channels: int):
+    def __init__(self, channels: int, out_channels: int, kernel: int):
         super().__init__()
-        inner = channels // 4
-        self.main = nn.Sequential(*convolution(nn.Conv2d(channels, out_channels, 1, bias=False), None))
+        inner = out_channels // 4
+        self.main = nn.Sequential(*normed(nn.Conv2d(channels, out_channels, 1, bias=False)))
+        extra = kernel - 2  # so that the map doubles with either kernel
+        double = nn.ConvTranspose2d(inner, inner, kernel, 2, padding=extra, output_padding=extra, bias=False)
         self.extension = nn.Sequential(
-            *convolution(nn.Conv2d(channels, inner, 1, bias=False), nn.ReLU),
-            *convolution(nn.ConvTranspose2d(inner, inner, 2, stride=2, bias=False), nn.ReLU),
-            *convolution(nn.Conv2d(inner, out_channels, 1, bias=False), None),
+            *normed(nn.Conv2d(channels, inner, 1, bias=False)),
+            nn.PReLU(),
+            *normed(double),
+            nn.PReLU(),
+            *normed(nn.Conv2d(inner, out_channels, 1, bias=False)),
+            nn.PReLU(),
             nn.Dropout2d(0.1),
         )
-        self.activation = nn.ReLU()
+        self.activation = nn.PReLU()
 
     def forward(self, x: Tensor, places: Tensor) -> Tensor:
         return self.activation(F.max_unpool2d(self.main(x), places, 2) + self.extension(x))
