@@ -2,7 +2,7 @@
 
 from torch import Tensor, cat, nn
 
-from .base import NetworkOutput, Tap, Taps, scaled
+from .base import NetworkOutput, Tap, Taps, check_size, scaled
 
 
 class UNet(nn.Module):
@@ -27,6 +27,7 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(filters[0], classes, 1)
 
     def forward(self, x: Tensor) -> NetworkOutput:
+        check_size("unet", x, self.stride)
         maps = [self.encoder[0](x)]
         for block in self.encoder[1:]:
             maps.append(block(self.pool(maps[-1])))
