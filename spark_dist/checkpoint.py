@@ -19,14 +19,20 @@ FORMAT = "spark-dist network"
 
 
 def write_atomically(path: Path, write) -> None:
-    """Call write(temporary path), make it durable, and only then give it its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Call write(temporary path), make it durable, and only then give it its name.
+
+    Raises `UserError` if it can't be written, for instance on a full disk; what was there before is left as it was.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(aside)
         with open(aside, "rb") as file:
             os.fsync(file.fileno())
         aside.replace(path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0][:160]
+        raise UserError(f"{path}: can't be written ({reason}); make room, and run the same command again") from None
     finally:
         aside.unlink(missing_ok=True)
 

@@ -54,7 +54,13 @@ def command(module: str, argv: Sequence[str] | None = None, program: str | None 
         loaded.run(parse(loaded.OPTIONS, argv, program or f"python -m {module}"))
         return 0
     except UserError as error:
-        say_error(f"error: {error}")
+        # One that comes from a loader's worker brings the worker's traceback along, and ends with its own line.
+        say_error(f"error: {str(error).strip().splitlines()[-1].removeprefix('data_tools.errors.UserError: ')}")
+        return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        say_error(f"error: {error.filename}: {error.strerror}; mend that, and the same command goes on from there")
         return 2
     except Interrupted as stop:
         say_error(str(stop))

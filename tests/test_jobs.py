@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -172,3 +173,32 @@ def test_interrupted_equals_uninterrupted(launch, tiny_store, tmp_path, number):
     )
     assert all(torch.equal(whole["model"][key], parts["model"][key]) for key in whole["model"])
     assert whole["best"] == parts["best"]
+
+
+@pytest.mark.slow
+def test_a_damaged_slice_ends_the_job_with_its_name(launch, tiny_store, tmp_path):
+    shutil.copytree(tiny_store, tmp_path / "tiny.zarr")
+    shard = tmp_path / "tiny.zarr" / "cases" / "case_00002" / "label" / "c" / "0" / "0" / "0"
+    shard.write_bytes(shard.read_bytes()[:-5])
+    command = ("--dataset", "tiny.zarr", *SMALL, "--network", "enet", "--width", 0.25, "--epochs", 1)
+    for workers in (0, 1):
+        failed = launch(1, "train", *command, "--workers", workers, "--out", f"of-{workers}", cwd=tmp_path, code=2)
+        error = failed.stderr.strip().splitlines()[-1]
+        assert error.startswith("error: ")
+        assert "case_00002 slice" in error
+        assert "Traceback" not in failed.stderr
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_an_error_that_names_the_file(launch, tiny_store, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", small], check=False).returncode:
+        pytest.skip("can't mount a small tmpfs here")
+    try:
+        command = ("--dataset", tiny_store, *SMALL, "--network", "enet", "--epochs", 1)
+        failed = launch(1, "train", *command, "--out", small / "job", cwd=tmp_path, code=2)
+        assert "Traceback" not in failed.stderr
+        assert "can't be written" in failed.stderr
+    finally:
+        subprocess.run(["umount", small], check=True)
