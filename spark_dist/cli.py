@@ -20,6 +20,7 @@ COMMANDS = {
     "distill": "train a student with a teacher",
     "evaluate": "per-case figures of a checkpoint on one part of a split",
     "compare": "table of runs: teacher, student alone, student distilled",
+    "profile": "parameters, GFLOPs, activation memory and latency of networks",
     "picture": "predictions of checkpoints beside the truth, as a PNG",
 }
 """Each command is the module of its name: `OPTIONS` (a dataclass) and `run(options)`."""

@@ -37,6 +37,8 @@ class TrainingOptions:
     """Learning rate that the cosine schedule ends at."""
     seed: int = 3407
     """Seed of weights, order, orientations and dropout."""
+    support_slices: int = 64
+    """Training slices that universeg is shown as examples."""
     threshold: float = 0.5
     """Probability from which a voxel is predicted as the target, in whole-volume evaluation."""
     val_every: int = 1

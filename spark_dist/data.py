@@ -306,6 +306,17 @@ def to_device(raw: dict[str, Any], task: str, device: torch.device) -> Batch:
     )
 
 
+def support_set(table: SliceTable, crop: Crop, task: str, size: int, seed: int) -> tuple[Tensor, Tensor, list[str]]:
+    """Slices for a network that is shown examples: images and masks (S, 1, H, W), and the slices' names.
+
+    `size` training slices, or all if there are fewer, drawn by the seed.
+    """
+    rows = np.sort(np.random.default_rng([seed, 2]).permutation(len(table))[:size])
+    raw = SliceDataset(table, crop).__getitems__(rows * ORIENTATIONS)
+    batch = to_device(raw, task, torch.device("cpu"))
+    return batch.image, batch.mask[:, 1:], [table.name(row) for row in rows]
+
+
 def windowed(image: Tensor, window: Tensor) -> Tensor:
     """Intensities (N, H, W) to (N, 1, H, W) in [−1, 1], where window (N, 2) holds what becomes −1 and 1."""
     low, high = window[:, 0, None, None], window[:, 1, None, None]

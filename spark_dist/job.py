@@ -21,7 +21,7 @@ from data_tools.store import Store, open_store
 from .checkpoint import load_network, write_text
 from .cli import Interrupted
 from .config import TrainingOptions
-from .data import EpochSampler, SliceDataset, SliceTable, slice_table, training_loader
+from .data import EpochSampler, SliceDataset, SliceTable, slice_table, support_set, training_loader
 from .distillation import Distillation
 from .distillers.base import Distiller
 from .distributed import make_accelerator, shut_down
@@ -166,9 +166,21 @@ def git_commit() -> str:
 
 
 def build(job: Job, name: str, width: float) -> nn.Module:
-    """A network with the weights that the job's seed gives it, the same with and without a teacher."""
-    set_seed(job.options.seed)
-    return build_network(name, width=width)
+    """A network with the weights that the job's seed gives it, the same with and without a teacher.
+
+    One that is shown examples gets them from the training slices.
+    """
+    options = job.options
+    set_seed(options.seed)
+    network = build_network(name, width=width)
+    if hasattr(network, "set_support"):
+        images, masks, names = support_set(
+            job.table, options.crop_window, options.task, options.support_slices, options.seed
+        )
+        network.set_support(images, masks)
+        job.say(f"{name}: support set of {len(names)} training slices: {', '.join(names[:3])} …")
+        job.tracker.metrics({"support_slices": len(names)}, step=0)
+    return network
 
 
 def check_network(options: TrainingOptions, name: str, width: float) -> nn.Module:
