@@ -6,18 +6,34 @@ and its forward takes (N, in_channels, H, W) and returns a `NetworkOutput`. Ever
 logits. A new network is one file and one line here.
 """
 
+from functools import partial
+
 from torch import nn
 
 from data_tools.errors import unknown_name
 
 from .base import NetworkOutput, Tap, Taps
 from .enet import ENet
+from .erfnet import ERFNet
+from .espnet import ESPNet
+from .mobilenetv2 import MobileNetV2
+from .pspnet import PSPNet
+from .raunet import RAUNet
+from .resnet import ResNet
 from .unet import UNet
 
 __all__ = ["NETWORKS", "NetworkOutput", "Tap", "Taps", "build_network"]
 
 NETWORKS = {
     "enet": ENet,
+    "erfnet": ERFNet,
+    "espnet": ESPNet,
+    "mobilenetv2": MobileNetV2,
+    "pspnet": PSPNet,
+    "raunet": RAUNet,
+    "resnet18": partial(ResNet, "resnet18"),
+    "resnet34": partial(ResNet, "resnet34"),
+    "resnet50": partial(ResNet, "resnet50"),
     "unet": UNet,
 }
 
