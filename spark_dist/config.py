@@ -90,6 +90,8 @@ class TrainOptions(TrainingOptions):
     """Name of the network."""
     width: float = 1.0
     """Factor on the network's number of filters."""
+    pretrained: Path | None = None
+    """ImageNet weights (.pth, .safetensors) for a network with a ResNet encoder."""
 
     @property
     def folder(self) -> Path:
@@ -106,12 +108,16 @@ class DistillOptions(TrainingOptions):
     """Factor on the teacher's number of filters."""
     teacher_epochs: int = 0
     """Epochs of the teacher's own training (0: as many as the student's)."""
+    teacher_pretrained: Path | None = None
+    """ImageNet weights (.pth, .safetensors) for a teacher with a ResNet encoder."""
     teacher_checkpoint: Path | None = None
     """A trained teacher (.safetensors), which takes the place of its training."""
     student: str = "enet"
     """Name of the student's network."""
     student_width: float = 1.0
     """Factor on the student's number of filters."""
+    student_pretrained: Path | None = None
+    """ImageNet weights (.pth, .safetensors) for a student with a ResNet encoder."""
     method: str = "spark"
     """Name of the distillation method."""
     weights: dict[str, float] = field(default_factory=dict)

@@ -47,6 +47,7 @@ def run(options: DistillOptions) -> None:
             taught,
             options.epochs,
             method=options.method,
+            pretrained=options.student_pretrained,
             teacher=teacher,
         )
 
@@ -54,7 +55,8 @@ def run(options: DistillOptions) -> None:
 def trained_teacher(job: Job) -> Path:
     """The checkpoint of a teacher trained in this job."""
     o = job.options
-    return train_stage(job, "teacher", o.teacher, o.teacher_width, untaught, o.teacher_epochs or o.epochs)
+    epochs = o.teacher_epochs or o.epochs
+    return train_stage(job, "teacher", o.teacher, o.teacher_width, untaught, epochs, pretrained=o.teacher_pretrained)
 
 
 def check(options: DistillOptions) -> None:
@@ -63,6 +65,12 @@ def check(options: DistillOptions) -> None:
     student = check_network(options, options.student, options.student_width)
     with torch.device("meta"):
         build_distiller(options.method, student=student.taps, teacher=teacher.taps, **options.weights)
+    pair = (options.teacher, options.teacher_width), (options.student, options.student_width)
+    if options.method == "tfkd" and pair[0] != pair[1]:
+        raise UserError(
+            f"method tfkd has a teacher of the student's own network and width, and --teacher is {options.teacher} "
+            f"×{options.teacher_width:g}, --student {options.student} ×{options.student_width:g}"
+        )
     if path := options.teacher_checkpoint:
         found = load_network(path)[1]
         for option, key in (("teacher", "network"), ("task", "task")):

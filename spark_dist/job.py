@@ -28,6 +28,7 @@ from .distributed import make_accelerator, shut_down
 from .evaluate import evaluate_cases, format_summaries, summaries
 from .metrics import write_cases
 from .networks import build_network
+from .networks.resnet import load_pretrained
 from .picture import predictions_picture
 from .progress import console
 from .teacher_cache import TeacherTargets
@@ -165,21 +166,25 @@ def git_commit() -> str:
     return result.stdout.strip()
 
 
-def build(job: Job, name: str, width: float) -> nn.Module:
-    """A network with the weights that the job's seed gives it, the same with and without a teacher.
+def build(job: Job, name: str, width: float, pretrained: Path | None) -> nn.Module:
+    """A network with the weights that the job's seed (or ImageNet) gives it, the same with and without a teacher.
 
     One that is shown examples gets them from the training slices.
     """
     options = job.options
     set_seed(options.seed)
     network = build_network(name, width=width)
+    if pretrained:
+        load_pretrained(network, pretrained)
     if hasattr(network, "set_support"):
         images, masks, names = support_set(
             job.table, options.crop_window, options.task, options.support_slices, options.seed
         )
         network.set_support(images, masks)
-        job.say(f"{name}: support set of {len(names)} training slices: {', '.join(names[:3])} …")
-        job.tracker.metrics({"support_slices": len(names)}, step=0)
+        job.say(f"{name}: support set of {len(names)} training slices, listed in {job.folder}/support.txt")
+        if job.accelerator.is_main_process:
+            write_text(job.folder / "support.txt", "\n".join(names) + "\n")
+        job.tracker.artifact(job.folder / "support.txt")
     return network
 
 
@@ -201,6 +206,7 @@ def train_stage(
     teaching: Teaching,
     epochs: int,
     method: str = "none",
+    pretrained: Path | None = None,
     teacher: Path | None = None,
 ) -> Path:
     """Train the network `name` as the job's `role`, test the epoch that was best on val, and return its checkpoint.
@@ -213,7 +219,7 @@ def train_stage(
         job.say(f"{role}: done already, {best}")
         return best
     options, accelerator = job.options, job.accelerator
-    network = build(job, name, width)
+    network = build(job, name, width, pretrained)
     description = describe(options, name, width, method)
     with tracked(
         accelerator, options, f"{role} {name}", folder, stage_tags(role, description, network), job.tracker

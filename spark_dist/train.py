@@ -16,7 +16,15 @@ def run(options: TrainOptions) -> None:
     """Train, and test the epoch that was best on val."""
     check_network(options, options.network, options.width)
     with open_job(options, {"network": options.network, "method": "none"}) as job:
-        train_stage(job, "student", options.network, options.width, untaught, options.epochs)
+        train_stage(
+            job,
+            "student",
+            options.network,
+            options.width,
+            untaught,
+            options.epochs,
+            pretrained=options.pretrained,
+        )
 
 
 def untaught(network: nn.Module) -> tuple[Distiller, TeacherTargets]:

@@ -146,6 +146,8 @@ def test_method_and_weight_that_do_not_exist(tiny_store, tmp_path, monkeypatch, 
     start = ["distill", "--dataset", str(tiny_store), *map(str, SMALL)]
     assert main([*start, "--method", "sparc"]) != 0
     assert "there is no distillation method 'sparc'; did you mean spark" in capsys.readouterr().err
+    assert main([*start, "--method", "tfkd"]) != 0
+    assert "the student's own network" in capsys.readouterr().err
     assert main([*start, "--weights.gian", "3"]) != 0
     assert "did you mean gain" in capsys.readouterr().err
 
