@@ -4,16 +4,21 @@ What a run logs is first appended to a journal in its folder, and a thread sends
 server that is slow, down or away costs a warning; what could not be sent stays in the journal for `sync`.
 
     FOLDER/tracking.jsonl    one event a line: the run's description, then metrics, artifacts, and how it ended
-    FOLDER/tracking.json     the MLflow run's id, and how many lines of the journal it has
+    FOLDER/tracking.json     the server, the MLflow run's id there, and how many bytes of the journal it has
+
+Whatever is sent twice, after a crash or a lost answer, counts once: the run is found by its journal's tag, and a
+metric is the same one by its key, step and time, which are the journal's.
 """
 
 import fcntl
 import json
 import logging
+import math
 import os
 import threading
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +31,23 @@ from .checkpoint import write_text
 
 log = logging.getLogger(__name__)
 
+POLL, LONGEST_PAUSE = 1, 30
+"""Seconds between looks at the journal, and between attempts to reach a server that has been away for long."""
 PATIENCE = 10
 """Seconds that the end of a run waits for the server."""
 SYSTEM_SECONDS = 10
 """Seconds between readings of the system metrics."""
+BATCH = 500
+"""Metrics in a request (MLflow takes 1000)."""
+REFUSALS = (400, 413, 422)
+"""HTTP codes of a server that will not take a request however often it is sent."""
 
 SQLITE = "sqlite:///"
 
+Event = dict[str, Any]
+
 _sending = threading.Lock()
-"""Runs of one process share the client, and a new SQLite file must be made by one of them."""
+"""Runs of one process send one after another, so that the first imports MLflow and makes the tables and experiment."""
 
 
 class Tracker:
@@ -42,14 +55,8 @@ class Tracker:
 
     def __init__(self, folder: Path, tracking_uri: str):
         self.folder = folder
-        self.tracking_uri = tracking_uri
         self.sender = Sender(folder, tracking_uri)
-        self.logged = {
-            (key, event["step"])
-            for event in read_journal(folder)
-            for key in event.get("metrics", ())
-            if "step" in event
-        }
+        self.logged = {(key, event["step"]) for _, event in read_journal(folder) for key in event.get("metrics", ())}
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.ended = threading.Event()
 
@@ -63,85 +70,107 @@ class Tracker:
         new = {key: float(value) for key, value in values.items() if (key, step) not in self.logged}
         self.logged |= {(key, step) for key in new}
         if new:
-            self.event({"metrics": new, "step": step})
+            append(self.folder, {"metrics": new, "step": step})
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """Log a file."""
-        self.event({"artifact": str(Path(path).absolute()), "folder": folder})
+        """Log a file. It is read when it is sent; one in the run's folder may move with the folder."""
+        path, here = Path(path).absolute(), self.folder.absolute()
+        place = path.relative_to(here) if path.is_relative_to(here) else path
+        append(self.folder, {"artifact": str(place), "folder": folder})
 
-    def event(self, event: Mapping[str, Any]) -> None:
-        """Append a line to the journal."""
-        append(self.folder, event)
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Set tags."""
+        append(self.folder, {"tags": dict(values)})
 
     def finish(self, status: str) -> None:
         """End the run as FINISHED, FAILED or KILLED, and wait a little until the server has all of it."""
-        self.event({"status": status})
+        append(self.folder, {"status": status})
         self.ended.set()
         self.thread.join(PATIENCE)
         if left := self.sender.left():
             log.warning(
-                "tracking: %s has not taken %d entries; they are kept in %s", self.tracking_uri, left, self.folder
+                "tracking: %s has not taken %d entries; they are kept in %s", self.sender.uri, left, self.folder
             )
 
     def _work(self) -> None:
-        pause, warned, sampled = 0.2, False, 0.0
+        """Send what comes, until the run has ended and all is sent or it is clear that the server is away."""
+        pause, warned, sampled = POLL, False, -math.inf
         while True:
             ending = self.ended.is_set()
-            if not ending and time.monotonic() - sampled > SYSTEM_SECONDS:
-                sampled = time.monotonic()
-                self.event({"metrics": system_metrics(), "step": None})
             try:
-                self.sender.send()
-                pause = 0.2
+                if not ending and time.monotonic() - sampled > SYSTEM_SECONDS:
+                    sampled = time.monotonic()
+                    append(self.folder, {"metrics": system_metrics(), "step": None})
+                sent = self.sender.send()
             except Exception as error:
+                sent = False
                 if not warned:
-                    reason = " ".join(str(error).split())[:200]
-                    log.warning("tracking: %s can't be reached, training goes on (%s)", self.tracking_uri, reason)
+                    log.warning("tracking: %s can't be reached, training goes on (%s)", self.sender.uri, brief(error))
                     warned = True
-                pause = min(2 * pause, 30)
-            if ending and (not self.sender.left() or pause > PATIENCE / 2):
+            pause = POLL if sent else min(2 * pause, LONGEST_PAUSE)
+            if ending and (sent or pause > PATIENCE / 2):
                 return
-            self.ended.wait(pause) if not ending else time.sleep(pause)
+            if ending:
+                time.sleep(pause)
+            else:
+                self.ended.wait(pause)
 
 
 class Sender:
-    """Sends a journal's lines to MLflow, each once, from where the last one stopped."""
+    """Sends a journal's events to an MLflow server, from where the last one stopped."""
 
-    def __init__(self, folder: Path, tracking_uri: str):
-        self.folder, self.tracking_uri = folder, tracking_uri
-        file = folder / "tracking.json"
-        self.state = json.loads(file.read_text()) if file.exists() else {"run_id": None, "sent": 0}
+    def __init__(self, folder: Path, uri: str):
+        self.folder, self.uri = folder, uri
         self.client = None
+        self.warned = False
+        file = folder / "tracking.json"
+        self.state = json.loads(file.read_text()) if file.exists() else {}
+        if self.state.get("uri") != uri:
+            # Another server knows nothing of this run, and is told all of it.
+            self.state = {"uri": uri, "run_id": None, "sent": 0}
 
     def left(self) -> int:
-        """How many lines are not sent."""
-        return len(read_journal(self.folder)) - self.state["sent"]
+        """How many events are not sent."""
+        return sum(1 for _ in read_journal(self.folder, self.state["sent"]))
 
-    def send(self) -> None:
-        """Send what is in the journal. Raises whatever the client raises."""
-        events = read_journal(self.folder)
-        if len(events) == self.state["sent"]:
-            return
+    def send(self) -> bool:
+        """Send what is new in the journal. Raises whatever the client raises.
+
+        Returns False if there is something left, because the server does not know the run's parent yet.
+        """
+        if (self.folder / "tracking.jsonl").stat().st_size == self.state["sent"]:
+            return True
         with _sending:
-            self.client = self.client or make_client(self.tracking_uri)
+            self.client = self.client or make_client(self.uri)
             if self.state["run_id"] is None:
-                self._save(run_id=create_run(self.client, events[0], self.tracking_uri))
-            waiting: list[dict[str, Any]] = []
-            for position, event in enumerate(events[self.state["sent"] :], start=self.state["sent"]):
-                if "metrics" in event:
-                    waiting.append(event)
-                last = position + 1 == len(events)
-                if waiting and (last or "metrics" not in event or len(waiting) == 100):
-                    self.client.log_batch(self.state["run_id"], metrics=mlflow_metrics(waiting))
-                    waiting = []
-                if "artifact" in event and Path(event["artifact"]).exists():
-                    self.client.log_artifact(self.state["run_id"], event["artifact"], event["folder"] or None)
-                if "status" in event:
-                    self.client.set_terminated(self.state["run_id"], event["status"])
-                if "resumed" in event:
-                    self.client.update_run(self.state["run_id"], status="RUNNING")
-                if not waiting:
-                    self._save(sent=position + 1)
+                _, about = next(read_journal(self.folder))
+                parent = about["parent"] and Sender(self.folder / about["parent"], self.uri).state["run_id"]
+                if about["parent"] and not parent:
+                    return False
+                self._save(run_id=create_run(self.client, self.uri, about, parent))
+            for batch in batches(read_journal(self.folder, self.state["sent"])):
+                self._deliver([event for _, event in batch])
+                self._save(sent=batch[-1][0])
+        return True
+
+    def _deliver(self, events: list[Event]) -> None:
+        """Send events; what the server refuses for good is left out, so that what is behind it need not wait."""
+        try:
+            deliver(self.client, self.state["run_id"], self.folder, events)
+        except Exception as error:
+            if not refused(error):
+                raise
+            if len(events) > 1:
+                for event in events:
+                    self._deliver([event])
+            elif not self.warned:
+                log.warning(
+                    "tracking: %s refuses a part of %s, which stays in the journal (%s)",
+                    self.uri,
+                    self.folder,
+                    brief(error),
+                )
+                self.warned = True
 
     def _save(self, **changes: Any) -> None:
         self.state |= changes
@@ -157,6 +186,9 @@ class _Nothing:
         pass
 
     def artifact(self, path: Path, folder: str = "") -> None:
+        pass
+
+    def tags(self, values: Mapping[str, str]) -> None:
         pass
 
     def finish(self, status: str) -> None:
@@ -177,31 +209,42 @@ def open_run(
     params: Mapping[str, Any],
     parent: Tracker | None = None,
 ) -> Tracker:
-    """A run whose journal lies in `folder`; if there is one already, the same MLflow run goes on.
+    """A run whose journal lies in `folder`; if there is one already, the same MLflow run goes on, with new `tags`.
 
     Returns at once: the run is created on the server in the background.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if read_journal(folder):
-        append(folder, {"resumed": True})
+    mend_journal(folder)
+    if next(read_journal(folder), None):
+        append(folder, {"resumed": True, "tags": dict(tags)})
     else:
-        about = {"experiment": experiment, "name": name, "tags": dict(tags), "params": dict(params)}
-        append(folder, {**about, "parent": str(parent.folder.absolute()) if parent else None})
+        above = parent and os.path.relpath(parent.folder.resolve(), folder.resolve())
+        about = {"id": uuid.uuid4().hex, "experiment": experiment, "name": name, "parent": above}
+        append(folder, {**about, "tags": dict(tags), "params": dict(params)})
     tracker = Tracker(folder, absolute_uri(tracking_uri))
     tracker.thread.start()
     return tracker
 
 
 def sync(folder: Path, tracking_uri: str) -> int:
-    """Send what a job's runs could not send: its own first, then those of its stages. Returns how many lines."""
+    """Send what the runs of a job that has ended could not send: its own, then those of its stages.
+
+    Returns how many events were sent. Raises `UserError` if there is no journal, or the server can't be reached.
+    """
     folders = [path.parent for path in sorted(folder.rglob("tracking.jsonl"), key=lambda p: len(p.parts))]
     if not folders:
         raise UserError(f"{folder}: no journal of a run here; name the folder of a job")
     total = 0
     for part in folders:
         sender = Sender(part, absolute_uri(tracking_uri))
-        total += sender.left()
-        sender.send()
+        left = sender.left()
+        try:
+            sent = sender.send()
+        except Exception as error:
+            raise UserError(f"{tracking_uri}: can't be reached ({brief(error)}); {part} keeps {left} entries") from None
+        if not sent:
+            raise UserError(f"{part}: its run belongs below another one; sync the folder of the whole job")
+        total += left
     return total
 
 
@@ -216,74 +259,142 @@ def append(folder: Path, event: Mapping[str, Any]) -> None:
         file.write(json.dumps({"time": int(time.time() * 1000), **event}, default=str) + "\n")
 
 
-def read_journal(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of a journal; a killed process may have left half a line, which does not count."""
+def read_journal(folder: Path, start: int = 0) -> Iterator[tuple[int, Event]]:
+    """The events of a journal from byte `start` on, each with the position behind it; half a line does not count."""
     file = folder / "tracking.jsonl"
     if not file.exists():
-        return []
-    events = []
-    for line in file.read_text().splitlines(keepends=True):
-        if line.endswith("\n"):
+        return
+    with open(file, "rb") as lines:
+        lines.seek(start)
+        for line in lines:
+            if not line.endswith(b"\n"):
+                return
+            start += len(line)
             try:
-                events.append(json.loads(line))
-            except json.JSONDecodeError:
-                events.append({})
-    return events
+                yield start, json.loads(line)
+            except ValueError:  # a machine that lost power may leave zeros
+                yield start, {}
 
 
-def make_client(tracking_uri: str):
+def mend_journal(folder: Path) -> None:
+    """Remove the half line that a killed process may have left, so that the next event gets a line of its own."""
+    file = folder / "tracking.jsonl"
+    if file.exists():
+        os.truncate(file, max((position for position, _ in read_journal(folder)), default=0))
+
+
+def batches(events: Iterator[tuple[int, Event]]) -> Iterator[list[tuple[int, Event]]]:
+    """Neighbouring metrics together, as many as one request may hold; everything else alone."""
+    batch: list[tuple[int, Event]] = []
+    size = 0
+    for position, event in events:
+        count = len(event.get("metrics", ()))
+        if batch and (not count or size + count > BATCH):
+            yield batch
+            batch, size = [], 0
+        batch.append((position, event))
+        size += count
+        if not count:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def make_client(uri: str):
     """An MLflow client that gives up soon on a server that does not answer."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it would tear the progress bar
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nothing leaves a hospital unasked
     # Imported here: it takes seconds, and only the thread waits.
     from mlflow import MlflowClient
 
-    for name in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    if not tracking_uri.startswith(SQLITE):
-        return MlflowClient(tracking_uri)
+    # What fails is raised as well, and reported once.
+    for name in ("alembic", "mlflow.store.db.utils", "urllib3.connectionpool"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if not uri.startswith(SQLITE):
+        return MlflowClient(uri)
     # Two jobs that make the tables of a new file at the same time leave it broken for good.
-    file = Path(tracking_uri.removeprefix(SQLITE))
+    file = Path(uri.removeprefix(SQLITE))
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file.with_name(f"{file.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        client = MlflowClient(tracking_uri)
+        client = MlflowClient(uri)
         client.search_experiments(max_results=1)
     return client
 
 
-def create_run(client, about: Mapping[str, Any], tracking_uri: str) -> str:
-    """Create the run that a journal begins with, in its experiment, below its parent."""
-    from mlflow.entities import Param
-    from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH
-
-    tags = {**about["tags"], "mlflow.runName": about["name"]}
-    if about["parent"]:
-        parent = json.loads((Path(about["parent"]) / "tracking.json").read_text())["run_id"]
+def create_run(client, uri: str, about: Event, parent: str | None) -> str:
+    """The id of the run that a journal begins with, in its experiment and below its parent; made if it is not there."""
+    experiment_id = find_experiment(client, uri, about["experiment"])
+    # The answer to an earlier attempt may have been lost.
+    if found := client.search_runs([experiment_id], f"tags.journal = '{about['id']}'", max_results=1):
+        return found[0].info.run_id
+    tags = {"journal": about["id"], "mlflow.runName": about["name"]}
+    if parent:
         tags["mlflow.parentRunId"] = parent
-    experiment = client.get_experiment_by_name(about["experiment"])
+    return client.create_run(experiment_id, start_time=about["time"], tags=tags).info.run_id
+
+
+def find_experiment(client, uri: str, name: str) -> str:
+    """The id of an experiment, made if it is not there; artifacts of a local database lie next to it."""
+    experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        place = None
-        if tracking_uri.startswith(SQLITE):
-            place = (Path(tracking_uri.removeprefix(SQLITE)).parent / "mlartifacts").as_uri()
-        experiment_id = client.create_experiment(about["experiment"], artifact_location=place)
-    else:
-        experiment_id = experiment.experiment_id
-    run_id = client.create_run(experiment_id, start_time=about["time"], tags=tags).info.run_id
-    params = [Param(key, str(value)[:MAX_PARAM_VAL_LENGTH]) for key, value in about["params"].items()]
-    client.log_batch(run_id, params=params)
-    return run_id
+        place = (Path(uri.removeprefix(SQLITE)).parent / "mlartifacts").as_uri() if uri.startswith(SQLITE) else None
+        try:
+            return client.create_experiment(name, artifact_location=place)
+        except Exception:
+            # Another job may have made it since.
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                raise
+    return experiment.experiment_id
 
 
-def mlflow_metrics(events: list[dict[str, Any]]) -> list:
-    """Journal entries as MLflow metrics. System metrics have no step: theirs is the time in seconds."""
-    from mlflow.entities import Metric
+def deliver(client, run_id: str, folder: Path, events: list[Event]) -> None:
+    """Send one batch. Longer parameters than MLflow takes are cut: the whole configuration is an artifact."""
+    from mlflow.entities import Metric, Param, RunTag
+    from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_PARAMS_TAGS_PER_BATCH
 
-    return [
+    # System metrics have no step: theirs is the time in seconds.
+    metrics = [
         Metric(key, value, event["time"], event["time"] // 1000 if event["step"] is None else event["step"])
         for event in events
-        for key, value in event["metrics"].items()
+        for key, value in event.get("metrics", {}).items()
     ]
+    if metrics:
+        client.log_batch(run_id, metrics=metrics)
+        return
+    (event,) = events
+    if "resumed" in event:
+        client.update_run(run_id, status="RUNNING")
+    if tags := event.get("tags"):
+        client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
+    params = [Param(key, str(value)[:MAX_PARAM_VAL_LENGTH]) for key, value in event.get("params", {}).items()]
+    for start in range(0, len(params), MAX_PARAMS_TAGS_PER_BATCH):
+        client.log_batch(run_id, params=params[start : start + MAX_PARAMS_TAGS_PER_BATCH])
+    if "artifact" in event:
+        path = folder / event["artifact"]
+        if path.exists():
+            client.log_artifact(run_id, str(path), event["folder"] or None)
+        else:
+            log.warning("tracking: %s is gone and was not sent", path)
+    if "status" in event:
+        client.set_terminated(run_id, event["status"], end_time=event["time"])
+
+
+def refused(error: Exception) -> bool:
+    """Whether the server was reached and will never take this."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        return response.status_code in REFUSALS
+    return hasattr(error, "get_http_status_code") and error.get_http_status_code() in REFUSALS
+
+
+def brief(error: Exception) -> str:
+    """An error in a line."""
+    return " ".join(str(error).split())[:200]
 
 
 def system_metrics() -> dict[str, float]:
