@@ -1,19 +1,19 @@
 """`spark-data`: phantom, prepare, split, info."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-from rich.progress import track
+from typing import NoReturn
 
 from .errors import UserError
 from .layouts import LAYOUTS
-from .report import console
+from .report import case_row, cases_table, console, progress, window_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand. Returns the exit code: 0, 1 if a case failed, 2 for a mistake on the command line."""
+    """Run a subcommand. Returns the exit code: 0, 1 if a case failed, 2 for a mistake of the user."""
     options = parser().parse_args(argv)
     try:
         return options.run(options)
@@ -21,29 +21,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(prog="spark-data", description="NIfTI volumes to slice stores.")
+    top = Parser(prog="spark-data", description="NIfTI volumes to slice stores.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     phantom = commands.add_parser("phantom", help="write synthetic abdominal CT in the KiTS layout")
     phantom.add_argument("out", type=Path, help="folder to write to")
-    phantom.add_argument("--cases", type=int, default=12, help="number of cases (default 12)")
-    phantom.add_argument("--seed", type=int, default=0, help="seed; case k is the same however many there are")
-    phantom.add_argument("--size", type=int, default=96, help="about how many pixels a slice's side has (default 96)")
+    phantom.add_argument("--cases", type=at_least(1), default=12, help="number of cases (default 12)")
+    phantom.add_argument(
+        "--seed", type=at_least(0), default=0, help="seed (default 0); case k is the same however many there are"
+    )
+    phantom.add_argument(
+        "--size", type=at_least(32), default=96, help="length of a slice's side in pixels, give or take 8 (default 96)"
+    )
     phantom.set_defaults(run=run_phantom)
 
     prepare = commands.add_parser("prepare", help="volumes to a slice store; cases that are there are skipped")
     prepare.add_argument("input", type=Path, help="folder of the data set")
     prepare.add_argument("store", type=Path, help="slice store to make or to go on with")
-    prepare.add_argument("--layout", choices=sorted(LAYOUTS), required=True, help="how the folder is arranged")
+    prepare.add_argument(
+        "--layout",
+        choices=sorted(LAYOUTS),
+        required=True,
+        help="how the folder is arranged. " + " ".join(f"{name}: {LAYOUTS[name].__doc__}" for name in sorted(LAYOUTS)),
+    )
     prepare.add_argument(
         "--labels", required=True, help="source values of organ and tumour: organ=1,tumour=2 or organ=1+3"
     )
@@ -51,22 +68,26 @@ def parser() -> argparse.ArgumentParser:
     prepare.add_argument(
         "--window",
         help="intensities that become −1 and 1: LOW,HIGH (HU) or percentile (0.5 and 99.5 of each case); default: "
-        "-200,300, lits -60,140, MR percentile",
+        "-200,300; lits -60,140; msd of MR percentile",
     )
-    prepare.add_argument("--channel", type=int, default=0, help="which of several channels of an image (default 0)")
+    prepare.add_argument("--channel", type=at_least(0), help="which channel, from 0; needed for images with several")
     prepare.add_argument("--image-pattern", help='layout pairs: images below the folder, like "ct/{case}.nii.gz"')
     prepare.add_argument("--label-pattern", help='layout pairs: labels below the folder, like "organs/{case}.nii.gz"')
-    prepare.add_argument("--workers", type=int, default=0, help="parallel processes (default: the cores)")
+    prepare.add_argument(
+        "--workers", type=at_least(1), help="number of parallel processes, one case in each (default: one per core)"
+    )
+    # What argparse takes for a value although it begins with a minus: so that `--window -200,300` can be written.
+    prepare._negative_number_matcher = re.compile(r"-[\d.]+(,-?[\d.]+)?$")
     prepare.set_defaults(run=run_prepare)
 
     split = commands.add_parser("split", help="divide the cases into train, val and test")
     split.add_argument("store", type=Path, help="slice store")
     for part, fraction in (("train", 0.7), ("val", 0.15), ("test", 0.15)):
         split.add_argument(
-            f"--{part}", type=float, default=fraction, help=f"fraction of the cases (default {fraction})"
+            f"--{part}", type=float, default=fraction, help=f"fraction of the cases, 0 to 1 (default {fraction})"
         )
-    split.add_argument("--seed", type=int, default=0, help="seed of the division")
-    split.add_argument("--name", default="default", help="name of the split; a split never changes")
+    split.add_argument("--seed", type=at_least(0), default=0, help="seed of the division (default 0)")
+    split.add_argument("--name", default="default", help="name of the split (default default); a split never changes")
     split.set_defaults(run=run_split)
 
     info = commands.add_parser("info", help="what is in a store")
@@ -75,11 +96,23 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def run_phantom(options: argparse.Namespace) -> int:
-    from .phantom import write_phantoms
+def at_least(lowest: int):
+    """A type of option: a whole number, `lowest` or above."""
 
-    steps = iter(track(range(options.cases), "phantom", console=console, transient=True))
-    write_phantoms(options.out, options.cases, options.seed, options.size, lambda: next(steps, None))
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"'{text}' is no whole number from {lowest} up")
+        return int(text)
+
+    return number
+
+
+def run_phantom(options: argparse.Namespace) -> int:
+    from .phantom import write_phantom
+
+    with progress(options.cases, "phantom") as bar:
+        for k in bar.track(range(options.cases), task_id=bar.task_ids[0]):
+            write_phantom(options.out, options.seed, k, options.size)
     console.print(f"{options.cases} cases in {options.out}")
     return 0
 
@@ -87,6 +120,9 @@ def run_phantom(options: argparse.Namespace) -> int:
 def run_prepare(options: argparse.Namespace) -> int:
     from . import prepare
 
+    patterns = (options.image_pattern, options.label_pattern)
+    if options.layout != "pairs" and any(patterns):
+        raise UserError(f"--image-pattern and --label-pattern belong to --layout pairs, not {options.layout}")
     settings = prepare.Options(
         store=options.store,
         labels=prepare.parse_labels(options.labels),
@@ -94,10 +130,9 @@ def run_prepare(options: argparse.Namespace) -> int:
         window=prepare.parse_window(options.window, options.layout, options.input),
         channel=options.channel,
     )
-    patterns = (options.image_pattern, options.label_pattern)
     sources = prepare.find_sources(options.input, options.layout, patterns)
     workers = options.workers or prepare.default_workers()
-    return 1 if prepare.prepare(options.input, options.layout, sources, settings, workers) else 0
+    return 1 if prepare.prepare(options.layout, sources, settings, workers) else 0
 
 
 def run_split(options: argparse.Namespace) -> int:
@@ -111,23 +146,20 @@ def run_split(options: argparse.Namespace) -> int:
 
 
 def run_info(options: argparse.Namespace) -> int:
-    from .prepare import case_row, cases_table
     from .store import open_store
 
     store = open_store(options.store)
-    table = cases_table(str(options.store))
+    table = cases_table(str(options.store), ["window"])
     for case in store.cases.values():
-        table.add_row(*case_row(case))
+        table.add_row(*case_row(case), "{:g}…{:g}".format(*case.window))
     console.print(table)
-    window = store.attributes["window"]
     size = sum(file.stat().st_size for file in options.store.rglob("*") if file.is_file())
     slices = sum(case.shape[0] for case in store.cases.values())
     console.print(
         f"{len(store.cases)} cases, {slices} slices, {size / 2**20:.1f} MiB, fingerprint {store.fingerprint()}"
     )
-    console.print(
-        f"labels {store.attributes['labels']}, window {window['low']:g}…{window['high']:g} ({window['kind']})"
-    )
+    labels = ", ".join(f"{name}={'+'.join(map(str, values))}" for name, values in store.attributes["labels"].items())
+    console.print(f"labels {labels}; {window_text(store.attributes['window'])}")
     for name, split in store.splits.items():
         counts = ", ".join(f"{len(split[part])} {part}" for part in ("train", "val", "test"))
         console.print(f"split '{name}': {counts}, seed {split['seed']}")

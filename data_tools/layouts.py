@@ -1,5 +1,6 @@
 """Where the images and labels of a data set lie."""
 
+import glob
 import json
 import re
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from .errors import UserError
 
 @dataclass(frozen=True)
 class Source:
-    """The two files of a case."""
+    """The two files of a case. Either may be missing; a case that is found twice has two sources."""
 
     case: str
     image: Path
@@ -19,55 +20,62 @@ class Source:
 
 
 def find_kits(root: Path) -> list[Source]:
-    """KiTS19: case_00000/imaging.nii.gz and segmentation.nii.gz."""
+    """KiTS19, case_00000/imaging.nii.gz and segmentation.nii.gz."""
+    folders = (folder for folder in sorted(root.glob("case_*")) if folder.is_dir())
     return [
-        Source(folder.name, nifti(folder / "imaging"), nifti(folder / "segmentation"))
-        for folder in sorted(root.glob("case_*"))
-        if folder.is_dir()
+        Source(folder.name, image, label)
+        for folder in folders
+        for image in nifti(folder / "imaging")
+        for label in nifti(folder / "segmentation")
     ]
 
 
 def find_lits(root: Path) -> list[Source]:
-    """LiTS: volume-N.nii and segmentation-N.nii, in one folder or in data/ and segmentation/."""
+    """LiTS, volume-N.nii and segmentation-N.nii, in one folder or in data/ and segmentation/."""
     found = []
-    images = sorted(p for pattern in ("volume-*.nii*", "data/volume-*.nii*") for p in root.glob(pattern))
-    for image in images:
-        number = re.fullmatch(r"volume-(\d+)\.nii(\.gz)?", image.name)
-        if number:
-            folder = root / "segmentation" if image.parent.name == "data" else image.parent
-            found.append(Source(f"volume-{int(number[1]):03}", image, nifti(folder / f"segmentation-{number[1]}")))
+    for images, labels in ((root, root), (root / "data", root / "segmentation")):
+        for image in sorted(images.glob("volume-*")):
+            if number := re.fullmatch(r"volume-(\d+)\.nii(\.gz)?", image.name):
+                case = f"volume-{int(number[1]):03}"
+                found += [Source(case, image, label) for label in nifti(labels / f"segmentation-{number[1]}")]
     return found
 
 
 def find_msd(root: Path) -> list[Source]:
-    """Medical Segmentation Decathlon: the pairs under `training` in dataset.json."""
-    pairs = msd_description(root).get("training", [])
-    return [
-        Source(re.sub(r"\.nii(\.gz)?$", "", Path(pair["image"]).name), root / pair["image"], root / pair["label"])
-        for pair in pairs
-    ]
+    """Medical Segmentation Decathlon, the pairs under `training` in dataset.json."""
+    found = []
+    for pair in msd_description(root).get("training", []):
+        try:
+            image, label = Path(pair["image"]), Path(pair["label"])
+        except (TypeError, KeyError):
+            raise UserError(f"{root}/dataset.json: {pair} under training is no pair of image and label") from None
+        found.append(Source(re.sub(r"\.nii(\.gz)?$", "", image.name), root / image, root / label))
+    return found
 
 
 def msd_description(root: Path) -> dict:
     """What dataset.json says."""
     file = root / "dataset.json"
     try:
-        return json.loads(file.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{file}: the msd layout needs this file ({error})") from None
 
 
-def find_pairs(root: Path, image_pattern: str, label_pattern: str) -> list[Source]:
-    """Files that match `image_pattern`, such as "images/{case}_ct.nii.gz", with the label that has the same {case}."""
+def find_pairs(root: Path, image_pattern: str | None, label_pattern: str | None) -> list[Source]:
+    """images like "ct/{case}.nii.gz" (--image-pattern) with the label of the same {case} (--label-pattern)."""
     for option, pattern in (("--image-pattern", image_pattern), ("--label-pattern", label_pattern)):
-        if not pattern or pattern.count("{case}") != 1:
-            raise UserError(f'{option}: layout pairs needs a pattern with one {{case}}, such as "{{case}}_ct.nii.gz"')
-    expression = re.compile(re.escape(image_pattern).replace(re.escape("{case}"), r"([^/]+)").replace(r"\*", r"[^/]*"))
+        if not pattern or "{case}" not in pattern:
+            raise UserError(f'{option}: layout pairs needs a pattern with {{case}}, such as "{{case}}_ct.nii.gz"')
+    first, *others = map(re.escape, image_pattern.split("{case}"))
+    expression = re.compile(first + r"(?P<case>[^/.][^/]*)" + "(?P=case)".join(others))
     found = []
-    for image in sorted(root.glob(image_pattern.replace("{case}", "*"))):
+    for image in sorted(root.glob("*".join(map(glob.escape, image_pattern.split("{case}"))))):
         if match := expression.fullmatch(image.relative_to(root).as_posix()):
-            found.append(Source(match[1], image, root / label_pattern.replace("{case}", match[1])))
-    return found
+            found.append(Source(match["case"], image, root / label_pattern.replace("{case}", match["case"])))
+    # With "{case}.nii.gz" and "{case}_seg.nii.gz" in one folder, a label looks like an image too.
+    labels = {source.label for source in found}
+    return [source for source in found if source.image not in labels]
 
 
 LAYOUTS: dict[str, Callable[..., list[Source]]] = {
@@ -78,7 +86,7 @@ LAYOUTS: dict[str, Callable[..., list[Source]]] = {
 }
 
 
-def nifti(stem: Path) -> Path:
-    """The file `stem`.nii.gz, or `stem`.nii if that is what exists."""
-    plain = stem.with_name(stem.name + ".nii")
-    return plain if plain.exists() else stem.with_name(stem.name + ".nii.gz")
+def nifti(stem: Path) -> list[Path]:
+    """`stem`.nii.gz and `stem`.nii, whichever are there; the first if neither is."""
+    files = [stem.with_name(stem.name + suffix) for suffix in (".nii.gz", ".nii")]
+    return [file for file in files if file.exists()] or files[:1]

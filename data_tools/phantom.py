@@ -14,19 +14,17 @@ from scipy.ndimage import gaussian_filter
 ORIENTATIONS = ("IPL", "RAS", "LPS", "LAS", "PIR", "SAR", "ARS")
 
 
-def write_phantoms(folder: Path, cases: int, seed: int, size: int, advance=lambda: None) -> None:
-    """Write `cases` NIfTI cases in the KiTS layout. Case k is the same however many there are."""
-    for k in range(cases):
-        random = np.random.default_rng([seed, k])
-        image, label, affine = phantom(random, size)
-        turn = ornt_transform(axcodes2ornt("IPL"), axcodes2ornt(random.choice(ORIENTATIONS)))
-        affine = affine @ inv_ornt_aff(turn, image.shape)
-        case = folder / f"case_{k:05}"
-        case.mkdir(parents=True, exist_ok=True)
-        for name, voxels in (("imaging", image), ("segmentation", label)):
-            nifti = nibabel.Nifti1Image(apply_orientation(voxels, turn), affine)
-            nibabel.save(nifti, case / f"{name}.nii.gz")
-        advance()
+def write_phantom(folder: Path, seed: int, k: int, size: int) -> None:
+    """Write case `k` of a seed as NIfTI in the KiTS layout, with its axes in an order of its own."""
+    random = np.random.default_rng([seed, k])
+    image, label, affine = phantom(random, size)
+    turn = ornt_transform(axcodes2ornt("IPL"), axcodes2ornt(random.choice(ORIENTATIONS)))
+    affine = affine @ inv_ornt_aff(turn, image.shape)
+    case = folder / f"case_{k:05}"
+    case.mkdir(parents=True, exist_ok=True)
+    for name, voxels in (("imaging", image), ("segmentation", label)):
+        nifti = nibabel.Nifti1Image(apply_orientation(voxels, turn), affine)
+        nibabel.save(nifti, case / f"{name}.nii.gz")
 
 
 def phantom(random: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,23 +1,28 @@
 """NIfTI volumes to a slice store, case by case in parallel processes."""
 
+import fcntl
+import math
 import multiprocessing
 import os
+import signal
+import sys
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+import zarr
 
 from .errors import UserError
 from .layouts import LAYOUTS, Source, msd_description
-from .report import console
-from .store import Case, create_store, open_store, write_case
+from .report import case_row, cases_table, console, progress, window_text
+from .store import create_store, open_store, write_case
 from .volumes import check_same_grid, read_volume, sha256, stored_image, stored_label
 
 HU_WINDOWS = {"kits": (-200.0, 300.0), "lits": (-60.0, 140.0)}
@@ -33,7 +38,17 @@ class Options:
     labels: dict[str, list[int]]
     other: bool
     window: dict[str, Any]
-    channel: int
+    channel: int | None
+
+
+class Result(NamedTuple):
+    """What became of a case."""
+
+    case: str
+    status: str
+    """prepared, unchanged or failed."""
+    note: str = ""
+    """Why it failed, or what somebody should know about it."""
 
 
 def parse_labels(text: str) -> dict[str, list[int]]:
@@ -55,10 +70,10 @@ def parse_labels(text: str) -> dict[str, list[int]]:
 
 
 def parse_window(text: str | None, layout: str, root: Path) -> dict[str, Any]:
-    """`LOW,HIGH` or `percentile`; without it the layout's own (percentiles for MR, else −200…300). Raises `UserError`."""
+    """`LOW,HIGH` or `percentile`; without it the layout's own, percentiles for MR. Raises `UserError`."""
     if text is None:
         low, high = HU_WINDOWS.get(layout, HU_WINDOWS["kits"])
-        modality = " ".join(msd_description(root).get("modality", {}).values()) if layout == "msd" else ""
+        modality = str(msd_description(root).get("modality")) if layout == "msd" else ""
         text = "percentile" if "MR" in modality.upper() else f"{low},{high}"
     if text == "percentile":
         return {"kind": "percentile", "low": PERCENTILES[0], "high": PERCENTILES[1]}
@@ -66,77 +81,119 @@ def parse_window(text: str | None, layout: str, root: Path) -> dict[str, Any]:
         low, high = (float(value) for value in text.split(","))
     except ValueError:
         low = high = 0.0
-    if not low < high:
+    if not -math.inf < low < high < math.inf:
         raise UserError(f"--window {text}: write LOW,HIGH (for instance -200,300) or percentile")
     return {"kind": "fixed", "low": low, "high": high}
 
 
 def find_sources(root: Path, layout: str, patterns: Sequence[str | None]) -> list[Source]:
-    """The cases of a data set. Raises `UserError` if there is none, or two have one name."""
+    """The cases of a data set. Raises `UserError` if there is none."""
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
     sources = LAYOUTS[layout](root, *(patterns if layout == "pairs" else ()))
     if not sources:
         raise UserError(f"{root}: no case in layout {layout} ({LAYOUTS[layout].__doc__.splitlines()[0]})")
-    for name, count in Counter(source.case for source in sources).items():
-        if count > 1:
-            raise UserError(f"{root}: {count} images have the case name '{name}'; rename all but one")
-        if name in (".", "..") or "/" in name or "\\" in name:
-            raise UserError(f"{root}: '{name}' is no case name")
     return sources
 
 
-def prepare(root: Path, layout: str, sources: Sequence[Source], options: Options, workers: int) -> int:
-    """Prepare all cases that are not there yet, print a table, and return how many failed."""
+def prepare(layout: str, sources: Sequence[Source], options: Options, workers: int) -> int:
+    """Prepare all cases that are not there yet, print a table, and return how many failed.
+
+    Raises `UserError` if the store was made with other options, or another process is preparing it.
+    """
     facts = {"labels": options.labels, "other": options.other, "window": options.window, "layout": layout}
+    if options.channel is not None:
+        facts["channel"] = options.channel
     create_store(options.store, facts)
-    status: dict[str, str] = {}
-    notes: dict[str, str] = {}
-    columns = (TextColumn("prepare"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("prepare", total=len(sources))
-        for case, result, note in results(sources, options, workers):
-            status[case], notes[case] = result, note
-            if result == "failed":
-                console.print(f"[red]failed[/red] {case}: {note}")
-            progress.advance(bar)
-    failed = sum(result == "failed" for result in status.values())
-    summary(options, sources, status, notes)
-    return failed
+    single, double = separate_doubles(sources)
+    done: dict[str, Result] = {}
+    with sole_writer(options.store), progress(len(single) + len(double), "prepare") as bar:
+        for result in (*double, *results(single, options, workers)):
+            done[result.case] = result
+            if result.status == "failed":
+                print(f"error: {result.case}: {result.note}", file=sys.stderr)
+            bar.advance(bar.task_ids[0])
+    summary(options, done)
+    return sum(result.status == "failed" for result in done.values())
 
 
-def results(sources: Sequence[Source], options: Options, workers: int):
-    """(case, status, note) of each case as it is done."""
+def separate_doubles(sources: Sequence[Source]) -> tuple[list[Source], list[Result]]:
+    """The cases that are found once, and failures for those whose name several files have."""
+    groups: dict[str, list[Source]] = {}
+    for source in sources:
+        groups.setdefault(source.case, []).append(source)
+    doubles = []
+    for case, group in groups.items():
+        if len(group) > 1:
+            images, labels = ({getattr(source, kind) for source in group} for kind in ("image", "label"))
+            files = " and ".join(map(str, sorted(images if len(images) > 1 else labels)))
+            doubles.append(Result(case, "failed", f"{files} have one case name; rename or remove all but one"))
+    return [group[0] for group in groups.values() if len(group) == 1], doubles
+
+
+@contextmanager
+def sole_writer(store: Path) -> Iterator[None]:
+    """Hold the store's lock. Raises `UserError` if another process has it; it ends with the process."""
+    with open(store / "zarr.json", "r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{store}: another spark-data prepare is writing to it; wait until it has ended") from None
+        except OSError:
+            pass  # This file system has no locks.
+        yield
+
+
+def results(sources: Sequence[Source], options: Options, workers: int) -> Iterator[Result]:
+    """The result of each case as it is done, one case at a time in each of `workers` processes."""
+    workers = min(workers, len(sources))
     if workers <= 1:
         yield from (prepare_case(source, options) for source in sources)
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(sources)), mp_context=context) as pool:
-        futures = {pool.submit(prepare_case, source, options): source.case for source in sources}
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=start_worker)
+    try:
+        futures = {pool.submit(prepare_case, source, options): source for source in sources}
         for future in as_completed(futures):
             try:
                 yield future.result()
             except BrokenProcessPool:
-                yield futures[future], "failed", "a worker process was killed (out of memory?); use fewer --workers"
+                source = futures[future]
+                reason = "not done, as a worker process was killed (out of memory?); use fewer --workers"
+                yield Result(source.case, "failed", f"{source.image}: {reason}")
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def prepare_case(source: Source, options: Options) -> tuple[str, str, str]:
-    """Write one case unless it is there already. Returns its name, its status (prepared, there, failed) and a note."""
+def start_worker() -> None:
+    """Leave Ctrl-C to the main process, end when it ends, and use one thread."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    zarr.config.set({"threading.max_workers": 1})
+
+    def end_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def prepare_case(source: Source, options: Options) -> Result:
+    """Write one case unless it is there already."""
     try:
         for path in (source.image, source.label):
             if not path.is_file():
                 raise UserError(f"{path}: no such file; put it there, or take the case out")
         hashes = {"image_sha256": sha256(source.image), "label_sha256": sha256(source.label)}
         if is_there(source.case, hashes, options.store):
-            return source.case, "there", ""
-        return source.case, "prepared", write(source, hashes, options)
+            return Result(source.case, "unchanged")
+        return Result(source.case, "prepared", write(source, hashes, options))
     except UserError as error:
-        return source.case, "failed", str(error)
+        return Result(source.case, "failed", str(error))
     except OSError as error:
         place = error.filename or options.store
-        return source.case, "failed", f"{place}: {error.strerror or error}; mend that and run the command again"
+        reason = f"{place}: {error.strerror or error}; mend that and run the command again"
+        return Result(source.case, "failed", reason)
     except MemoryError:
-        return source.case, "failed", f"{source.image}: does not fit into memory; use fewer --workers"
+        return Result(source.case, "failed", f"{source.image}: does not fit into memory; use fewer --workers")
 
 
 def is_there(case: str, hashes: dict[str, str], store: Path) -> bool:
@@ -149,73 +206,55 @@ def is_there(case: str, hashes: dict[str, str], store: Path) -> bool:
 
 
 def write(source: Source, hashes: dict[str, str], options: Options) -> str:
+    """Read, check and write a case. Returns notes on it. Raises `UserError`."""
     image, label = read_volume(source.image, options.channel), read_volume(source.label)
     check_same_grid(image, label, (source.image, source.label))
-    voxels, note = stored_image(image.voxels, source.image)
-    window = options.window
-    limits = (window["low"], window["high"])
-    if window["kind"] == "percentile":
-        limits = tuple(float(v) for v in np.percentile(voxels, limits))
-    if not limits[0] < limits[1]:
-        raise UserError(f"{source.image}: nearly all voxels have the value {limits[0]:g}, so there is nothing to see")
+    voxels, rounded = stored_image(image.voxels, source.image)
     attributes = {
         "affine": image.affine.tolist(),
         "spacing": image.spacing,
-        "window": limits,
+        "window": resolve_window(options.window, voxels, source.image),
         "source": {"image": image.source, "label": label.source, **hashes},
     }
-    write_case(
-        options.store,
-        source.case,
-        voxels,
-        stored_label(label.voxels, options.labels, options.other, source.label),
-        attributes,
-    )
-    return note
+    labels = stored_label(label.voxels, options.labels, options.other, source.label)
+    write_case(options.store, source.case, voxels, labels, attributes)
+    return "; ".join(filter(None, (*image.notes, rounded)))
 
 
-def summary(options: Options, sources: Sequence[Source], status: dict[str, str], notes: dict[str, str]) -> None:
-    """A table of the cases, and a line with their numbers."""
+def resolve_window(window: dict[str, Any], voxels: np.ndarray, path: Path) -> tuple[float, float]:
+    """The intensities that become −1 and 1 in one case. Raises `UserError` for a constant image."""
+    if window["kind"] == "fixed":
+        return window["low"], window["high"]
+    low, high = (float(value) for value in np.percentile(voxels, (window["low"], window["high"])))
+    if low == high:
+        raise UserError(f"{path}: a constant image, nearly all voxels are {low:g}; take the case out, or give --window")
+    return low, high
+
+
+def summary(options: Options, done: dict[str, Result]) -> None:
+    """A table of the cases, the notes on them, and a line with their numbers."""
     try:
         cases = open_store(options.store).cases
     except UserError:
         cases = {}
-    table = cases_table(f"{options.store}")
-    table.add_column("status")
-    for source in sources:
-        row = case_row(cases[source.case]) if source.case in cases else [source.case, *[""] * 6]
-        table.add_row(
-            *row,
-            status[source.case]
-            + (f": {notes[source.case]}" if notes[source.case] and status[source.case] != "failed" else ""),
-        )
+    table = cases_table(str(options.store), ["status"])
+    for name, result in sorted(done.items()):
+        row = case_row(cases[name]) if name in cases else [name, *[""] * 7]
+        table.add_row(*row, result.status)
     console.print(table)
-    counts = Counter(status.values())
-    window = options.window
+    for name, result in sorted(done.items()):
+        if result.note and result.status != "failed":
+            console.print(f"note: {name}: {result.note}")
+    counts = Counter(result.status for result in done.values())
+    others = len(set(cases) - set(done))
     console.print(
-        f"{counts['prepared']} prepared, {counts['there']} there already, {counts['failed']} failed; "
-        f"window {window['low']:g}…{window['high']:g}{' percentile' if window['kind'] == 'percentile' else ''}"
+        f"{len(done)} cases: "
+        + ", ".join(f"{counts[status]} {status}" for status in ("prepared", "unchanged", "failed"))
+        + (f"; {others} more in the store" if others else "")
+        + f"; {window_text(options.window)}"
     )
-
-
-def cases_table(title: str) -> Table:
-    """The head of a table of cases."""
-    return Table("case", "slices", "size", "spacing mm", "source axes", "voxels", "organ / tumour slices", title=title)
-
-
-def case_row(case: Case) -> list[str]:
-    """A case in such a table."""
-    return [
-        case.name,
-        str(case.shape[0]),
-        f"{case.shape[1]}×{case.shape[2]}",
-        " ".join(f"{value:.3g}" for value in case.spacing),
-        case.source["image"]["orientation"],
-        case.dtype,
-        f"{len(case.task_slices('organ'))} / {len(case.task_slices('tumour'))}",
-    ]
 
 
 def default_workers() -> int:
     """The cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

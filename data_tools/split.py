@@ -16,23 +16,17 @@ def make_split(store: Store, fractions: Mapping[str, float], seed: int) -> dict[
 
     Raises `UserError` if the fractions are no fractions of 1, or there are fewer cases than parts.
     """
-    if any(f < 0 for f in fractions.values()) or abs(sum(fractions.values()) - 1) > 1e-6:
+    if not all(f >= 0 for f in fractions.values()) or abs(sum(fractions.values()) - 1) > 1e-6:
         raise UserError(f"the parts must be fractions that sum to 1, not {', '.join(map(str, fractions.values()))}")
     random = np.random.default_rng(seed)
     groups: tuple[list[str], list[str]] = ([], [])
     for name, case in store.cases.items():
         groups[bool(len(case.task_slices("tumour")))].append(name)
-    # Cases with and without tumour, each in random order, interleaved evenly, and then cut in places that spread them.
-    order = sorted(
-        ((rank + 0.5) / len(group), name)
-        for group in groups
-        for rank, name in enumerate(random.permutation(group).tolist())
-    )
-    target = {part: fractions[part] * len(order) for part in PARTS}
     parts: dict[str, list[str]] = {part: [] for part in PARTS}
-    for position, (_, name) in enumerate(order, start=1):
-        share = position / len(order)
-        parts[max(PARTS, key=lambda part: target[part] * share - len(parts[part]))].append(name)
+    # One group after the other, each case to the part that lacks most: that keeps the shares in each group and in all.
+    order = [name for group in groups for name in random.permutation(group).tolist()]
+    for seen, name in enumerate(order, start=1):
+        parts[max(PARTS, key=lambda part: fractions[part] * seen - len(parts[part]))].append(name)
     for part in PARTS:
         if fractions[part] > 0 and not parts[part]:
             raise UserError(

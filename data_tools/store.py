@@ -13,6 +13,7 @@ Empty chunks are written, so that a chunk that is not there is always damage.
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +31,9 @@ VERSION = 1
 AXES = ("I", "P", "L")
 LABELS = ("background", "organ", "tumour")
 SHARD_SLICES = 64
+
+NAME = re.compile(r"\w[\w .+=@-]*")
+"""Names of cases and splits: they are folders of the store."""
 
 TASKS = {"organ": (1, 2), "tumour": (2,)}
 """The stored labels that are each task's target. A tumour lies in the organ and belongs to it."""
@@ -118,9 +122,19 @@ def write_case(path: Path, name: str, image: np.ndarray, label: np.ndarray, attr
     """Write one case whole. It becomes visible when its last byte is in place, and replaces one of the same name.
 
     `image` (Z, H, W) int16 or float32; `label` (Z, H, W) uint8 of 0, 1, 2; `attributes`: affine, spacing, window,
-    source (see `Case`). The label counts are added here.
+    source (see `Case`). The label counts are added here. What is there of a case that can't be written (a full disk)
+    is removed. One process at a time may write a case.
     """
+    check_name("case", name)
     delete_case(path, name)
+    try:
+        _write_arrays(path, name, image, label, attributes)
+    except BaseException:
+        delete_case(path, name)
+        raise
+
+
+def _write_arrays(path: Path, name: str, image: np.ndarray, label: np.ndarray, attributes: Mapping[str, Any]) -> None:
     group = zarr.open_group(Path(path), mode="r+").create_group(f"cases/{name}")
     for key, voxels in (("image", image), ("label", label)):
         array = group.create_array(
@@ -145,15 +159,23 @@ def delete_case(path: Path, name: str) -> None:
     """Remove a case, its mark of completeness first."""
     folder = Path(path) / "cases" / name
     (folder / "zarr.json").unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def write_split(path: Path, name: str, record: Mapping[str, Any]) -> None:
     """Record a split under a name that is not taken. A split never changes."""
-    splits = zarr.open_group(Path(path), mode="r+")["splits"]
+    check_name("split", name)
+    splits = zarr.open_group(Path(path), mode="r+").require_group("splits")
     if name in splits:
         raise UserError(f"{path}: a split '{name}' exists and a split never changes; give another --name")
     splits.create_group(name, attributes=dict(record))
+
+
+def check_name(kind: str, name: str) -> None:
+    """Raise `UserError` for a name of a case or split that can't be a folder's."""
+    if not NAME.fullmatch(name):
+        raise UserError(f"'{name}' can't be the name of a {kind}: use letters, digits and . _ - + = @")
 
 
 def open_store(path: Path, only: str = "*") -> Store:
@@ -205,5 +227,5 @@ def _root_attributes(path: Path) -> dict[str, Any]:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{file}: can't be read ({error}); prepare this case again") from None

@@ -9,7 +9,7 @@ from typing import Any
 import nibabel
 import numpy as np
 from isal import igzip
-from nibabel.filebasedimages import ImageFileError
+from nibabel.affines import obliquity
 from nibabel.orientations import (
     apply_orientation,
     axcodes2ornt,
@@ -18,13 +18,17 @@ from nibabel.orientations import (
     ornt2axcodes,
     ornt_transform,
 )
-from nibabel.spatialimages import HeaderDataError
 
 from .errors import UserError
 from .store import AXES, Case
 
+# nibabel raises what it can't mend in a header, and also writes it to stderr without the file's name.
+nibabel.imageglobals.logger.disabled = True
+
 GRID_TOLERANCE = 0.05
-"""How far corners of image and label may lie apart, in voxels."""
+"""How far the corners of image and label may lie apart, in voxels."""
+OBLIQUE = 0.5
+"""Degrees between a volume's axes and the world's from which a case is called oblique."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Volume:
     """4×4 from (slice, row, column) to RAS+ mm."""
     source: dict[str, Any]
     """The file's name, orientation, shape, affine and dtype."""
+    notes: tuple[str, ...]
+    """What somebody should know about the file."""
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -44,40 +50,32 @@ class Volume:
         return tuple(float(v) for v in np.linalg.norm(self.affine[:3, :3], axis=0))
 
 
-def read_volume(path: Path, channel: int = 0) -> Volume:
+def read_volume(path: Path, channel: int | None = None) -> Volume:
     """Read a NIfTI file whole and turn its axes, by its affine, to slices, rows to posterior, columns to left.
 
-    `channel` picks one of several in a fourth axis. Raises `UserError` if the file is missing, damaged, or no volume.
+    Axes oblique to the world's are turned to the nearest ones. `channel` picks one of several in a fourth axis.
+    Raises `UserError` if the file is missing, damaged, or no volume.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; put it there, or take the case out")
     try:
         image = load(path)
         voxels = np.asanyarray(image.dataobj)
-    except PermissionError:
+    except (PermissionError, MemoryError):
         raise
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        OverflowError,
-        igzip.isal_zlib.error,
-        HeaderDataError,
-        ImageFileError,
-    ) as error:
+    # nibabel and isal have half a dozen exceptions for bad bytes, without a common base.
+    except Exception as error:
         reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path}: truncated or damaged ({reason}); copy or download it again") from None
-    if voxels.ndim == 4:
-        if channel >= voxels.shape[3]:
-            raise UserError(f"{path}: has {voxels.shape[3]} channels, so there is no --channel {channel}")
-        voxels = voxels[..., channel]
+        raise UserError(f"{path} is truncated or damaged: copy or download it again ({reason})") from None
+    voxels = pick_channel(voxels, channel, path)
     if voxels.ndim != 3 or 0 in voxels.shape:
         raise UserError(f"{path}: shape {voxels.shape} is no volume of three axes")
     if voxels.dtype.kind not in "iufb":
         raise UserError(f"{path}: voxels of type {voxels.dtype} are not numbers; convert the file to int16 or float32")
-    orientation = io_orientation(image.affine)
-    if np.isnan(orientation).any():
-        raise UserError(f"{path}: the affine has an axis of length 0, so its orientation is unknown; mend the header")
+    if not np.isfinite(image.affine).all() or np.isnan(orientation := io_orientation(image.affine)).any():
+        raise UserError(
+            f"{path}: the affine {image.affine.round(3).tolist()} has no direction for an axis; mend the header"
+        )
     turn = ornt_transform(orientation, axcodes2ornt(AXES))
     return Volume(
         voxels=apply_orientation(voxels, turn),
@@ -89,13 +87,42 @@ def read_volume(path: Path, channel: int = 0) -> Volume:
             "affine": image.affine.tolist(),
             "dtype": str(image.get_data_dtype()),
         },
+        notes=tuple(header_notes(image)),
     )
+
+
+def pick_channel(voxels: np.ndarray, channel: int | None, path: Path) -> np.ndarray:
+    """One channel of a fourth axis; axes of length 1 after the third go away. Raises `UserError`."""
+    while voxels.ndim > 3 and voxels.shape[-1] == 1:
+        voxels = voxels[..., 0]
+    if voxels.ndim != 4:
+        return voxels
+    channels = voxels.shape[3]
+    if channel is None:
+        raise UserError(f"{path}: has {channels} channels; pick one with --channel 0 … {channels - 1}")
+    if channel >= channels:
+        raise UserError(f"{path}: has {channels} channels, so there is no --channel {channel}; the first is 0")
+    return voxels[..., channel]
+
+
+def header_notes(image: nibabel.Nifti1Image) -> list[str]:
+    """What is doubtful about where a volume lies."""
+    notes = []
+    angle = np.degrees(obliquity(image.affine)).max()
+    if angle > OBLIQUE:
+        notes.append(f"oblique by {angle:.0f}°, kept in its own slices along the nearest axes")
+    if not image.header["sform_code"] and not image.header["qform_code"]:
+        notes.append("the header has no orientation, NIfTI's default is taken")
+    return notes
 
 
 def load(path: Path) -> nibabel.Nifti1Image:
     """Open a NIfTI file; a compressed one is unpacked by isal, several times as fast as by zlib."""
     if path.suffix != ".gz":
-        return nibabel.load(path)
+        image = nibabel.load(path)
+        if not isinstance(image, nibabel.Nifti1Image):
+            raise ValueError(f"{type(image).__name__} is not NIfTI in one file")
+        return image
     with igzip.open(path) as file:
         content = file.read()
     # The header's size tells the format: 540 bytes is NIfTI-2, in either byte order.
@@ -130,9 +157,9 @@ def check_same_grid(image: Volume, label: Volume, paths: tuple[Path, Path]) -> N
 
 
 def stored_image(voxels: np.ndarray, path: Path) -> tuple[np.ndarray, str]:
-    """Voxels as int16 where they are whole numbers in its range, else float32, and what was rounded if anything was.
+    """Voxels as int16 where they are whole numbers in its range, else float32, and a note if that rounded any.
 
-    Raises `UserError` for voxels that are not finite.
+    Raises `UserError` for voxels that are not finite, or too large for float32.
     """
     if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
         count = int((~np.isfinite(voxels)).sum())
@@ -142,9 +169,15 @@ def stored_image(voxels: np.ndarray, path: Path) -> tuple[np.ndarray, str]:
         whole = voxels.astype(np.int16)
         if voxels.dtype.kind != "f" or np.array_equal(whole, voxels):
             return whole, ""
-    single = voxels.astype(np.float32)
-    error = np.abs(single - voxels.astype(np.float64)).max()
-    return single, f"rounded to float32 by up to {error:.1g}" if error else ""
+    with np.errstate(over="ignore"):
+        single = voxels.astype(np.float32)
+    if not np.isfinite(single).all():
+        raise UserError(f"{path}: voxels up to {np.abs(voxels).max():.3g} do not fit into float32; rescale the volume")
+    error = np.abs(single - voxels.astype(np.float64))
+    if not error.any():
+        return single, ""
+    relative = (error[error > 0] / np.abs(voxels[error > 0].astype(np.float64))).max()
+    return single, f"stored as float32 with a relative error of up to {relative:.1g}"
 
 
 def stored_label(voxels: np.ndarray, mapping: Mapping[str, Sequence[int]], other: bool, path: Path) -> np.ndarray:
@@ -155,7 +188,7 @@ def stored_label(voxels: np.ndarray, mapping: Mapping[str, Sequence[int]], other
     """
     values = np.unique(voxels)
     if not np.isfinite(values).all() or (values != np.round(values)).any():
-        odd = ", ".join(f"{v:g}" for v in values[values != np.round(values)][:3])
+        odd = ", ".join(f"{v:g}" for v in values[~np.isfinite(values) | (values != np.round(values))][:3])
         raise UserError(f"{path}: labels must be whole numbers, and it holds {odd}; resample it with nearest neighbour")
     declared = {0, *(value for group in mapping.values() for value in group)}
     if not other and (unknown := [int(v) for v in values if v not in declared]):
@@ -165,8 +198,8 @@ def stored_label(voxels: np.ndarray, mapping: Mapping[str, Sequence[int]], other
         )
     result = np.zeros(voxels.shape, np.uint8)
     for stored, name in ((1, "organ"), (2, "tumour")):
-        if mapping.get(name):
-            result[np.isin(voxels, mapping[name])] = stored
+        for value in mapping.get(name, ()):
+            result[voxels == value] = stored
     return result
 
 
