@@ -5,18 +5,21 @@ import json
 import math
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from rich.box import HORIZONTALS
+from rich.console import Console
 from rich.table import Table
 
 from data_tools.errors import UserError, unknown_name
 
 from .metrics import paired_difference, read_cases, summarise
 from .progress import console
-from .tracking import absolute_uri, make_client
+from .tracking import SQLITE, absolute_uri, brief, make_client
 
 
 @dataclass(kw_only=True)
@@ -42,36 +45,52 @@ OPTIONS = CompareOptions
 class Run:
     """A finished run of a teacher or student."""
 
-    run_id: str
+    dataset: str
+    task: str
+    split: str
+    role: str
     network: str
     width: float
-    role: str
     method: str
+    teacher: str
+    """Network of a distilled student's teacher."""
     seed: str
-    split: str
     parameters: int
     cases: dict[str, dict[str, float]]
-    started: int
+    """Figures of the test cases."""
+
+    @property
+    def data(self) -> tuple:
+        """What runs must share to be compared at all."""
+        return self.dataset, self.task, self.split
 
     @property
     def kind(self) -> tuple:
         """What runs of several seeds have in common."""
-        return self.role, self.network, self.width, self.method
+        return *self.data, self.role, self.network, self.width, self.method, self.teacher
 
     @property
-    def title(self) -> str:
-        if self.role == "teacher":
-            return "teacher"
-        return "student alone" if self.method == "none" else f"student, {self.method}"
+    def distilled(self) -> bool:
+        return self.role == "student" and self.method != "none"
+
+    @property
+    def order(self) -> tuple:
+        """Teachers first, then each network alone and distilled."""
+        return self.role != "teacher", self.distilled, self.network, self.width, self.method, self.teacher
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table. Dice and differences are fractions of 1."""
+    """A line of the table, of one run or of one kind of run over its seeds. Dice and differences are fractions of 1."""
 
-    title: str
+    dataset: str
+    task: str
+    split: str
+    role: str
     network: str
     width: float
+    method: str
+    teacher: str
     seeds: str
     parameters: int
     cases: int
@@ -79,161 +98,247 @@ class Row:
     low: float
     high: float
     misses: int
+    """Cases without a finite value, which the mean is without."""
     hd95: float
-    difference: float | None
-    difference_low: float | None
-    difference_high: float | None
+    hd95_misses: int
+    difference: float | None = None
+    """To the student alone, with its interval; none for teachers and students alone."""
+    difference_low: float | None = None
+    difference_high: float | None = None
+    difference_misses: int | None = None
+    against: str | None = None
+    """The student alone of the "same seed", or the mean over "all seeds" where there is none of that seed."""
+
+    @property
+    def title(self) -> str:
+        if self.role == "teacher":
+            return "teacher"
+        if self.method == "none":
+            return "student alone"
+        return f"student, {self.method}" + (f" ({self.teacher})" if self.teacher else "")
 
 
 def run(options: CompareOptions) -> None:
     """Print the table, and write it if asked to."""
-    runs, unfinished = load_runs(options.tracking_uri, options.experiment)
+    runs, notes = load_runs(options.tracking_uri, options.experiment)
     rows = compare(runs, options.figure)
-    console.print(as_table(rows, options.figure))
-    if unfinished:
-        console.print(f"not finished, so not in the table: {', '.join(unfinished)}")
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
-    if options.csv:
-        with open(options.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(asdict(rows[0])))
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+    for data in dict.fromkeys((row.dataset, row.task, row.split) for row in rows):
+        show(as_table([row for row in rows if (row.dataset, row.task, row.split) == data], options.figure))
+    for note in notes:
+        console.print(note, markup=False)
+    write_rows(rows, options.csv, options.json)
 
 
-def load_runs(tracking_uri: str, name: str) -> tuple[list[Run], list[str]]:
-    """The finished runs of an experiment, oldest first, and the names of those that are not finished.
+def load_runs(tracking_uri: str, name: str = "") -> tuple[list[Run], list[str]]:
+    """The finished runs of an experiment, oldest first, and lines on those that are left out.
 
-    Of several runs of one network, method and seed, the last counts.
+    Of several runs of one kind and seed, the last counts. Raises `UserError` if there is no such server or experiment,
+    or nothing in it is finished.
     """
-    client = make_client(absolute_uri(tracking_uri))
-    experiments = {e.name: e for e in client.search_experiments() if e.name != "Default"}
+    client, experiments = reach(tracking_uri)
     if not name and len(experiments) == 1:
         name = next(iter(experiments))
     if name not in experiments:
         if not experiments:
             raise UserError(f"{tracking_uri}: no experiment there yet; train something with this --tracking-uri")
         raise UserError(f"{tracking_uri}: {unknown_name('experiment', name, experiments)}")
+    items = {item.info.run_id: item for item in all_runs(client, experiments[name])}
     found: dict[tuple, Run] = {}
-    unfinished = []
+    unfinished, replaced = [], 0
+    for item in items.values():
+        tags = item.data.tags
+        if "role" not in tags:
+            continue
+        parent = items.get(tags.get("mlflow.parentRunId"))
+        title = f"{parent.info.run_name}/{item.info.run_name}" if parent else item.info.run_name
+        cases = test_cases(client, item.info.run_id, title)
+        if cases is None:
+            unfinished.append(title)
+            continue
+        loaded = Run(
+            **{key: tags[key] for key in ("dataset", "task", "split", "role", "network", "seed")},
+            width=float(tags["width"]),
+            method=tags["method"] or "none",
+            teacher=parent.data.tags.get("teacher", "") if parent and tags["role"] == "student" else "",
+            parameters=int(tags["parameters"]),
+            cases=cases,
+        )
+        key = (*loaded.kind, loaded.seed)
+        replaced += key in found and found[key].cases != cases
+        found[key] = loaded
+    notes = []
+    if unfinished:
+        notes.append(f"not finished, so not in the table: {', '.join(unfinished)}")
+    if replaced:
+        notes.append(f"of runs with equal network, method and seed the last is shown; {replaced} older left out")
+    if not found:
+        raise UserError(f"{tracking_uri}: no run in '{name}' has test figures yet")
+    return list(found.values()), notes
+
+
+def reach(tracking_uri: str) -> tuple[Any, dict[str, str]]:
+    """A client of a tracking server, and the ids of its experiments by name."""
+    uri = absolute_uri(tracking_uri)
+    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():
+        raise UserError(f"{tracking_uri}: no such database; give the --tracking-uri of the training jobs")
+    try:
+        client = make_client(uri)
+        return client, {e.name: e.experiment_id for e in client.search_experiments() if e.name != "Default"}
+    except Exception as error:
+        raise UserError(f"{tracking_uri}: can't be reached ({brief(error)})") from None
+
+
+def all_runs(client, experiment_id: str) -> Iterable[Any]:
+    """The MLflow runs of an experiment, oldest first."""
     page = None
     while page is None or page.token:
         page = client.search_runs(
-            [experiments[name].experiment_id],
-            filter_string="tags.role != ''",
-            order_by=["attributes.start_time ASC"],
-            page_token=page.token if page else None,
+            [experiment_id], order_by=["attributes.start_time ASC"], page_token=page.token if page else None
         )
-        for item in page:
-            cases = test_cases(client, item.info.run_id)
-            if cases is None:
-                unfinished.append(item.info.run_name)
-                continue
-            tags = item.data.tags
-            loaded = Run(
-                run_id=item.info.run_id,
-                network=tags["network"],
-                width=float(tags["width"]),
-                role=tags["role"],
-                method=tags["method"],
-                seed=tags["seed"],
-                split=tags["split"],
-                parameters=int(tags["parameters"]),
-                cases=cases,
-                started=item.info.start_time,
-            )
-            found[(*loaded.kind, loaded.seed, loaded.split)] = loaded
-    if not found:
-        raise UserError(f"{tracking_uri}: no run in '{name}' has test figures yet")
-    return list(found.values()), unfinished
+        yield from page
 
 
-def test_cases(client, run_id: str) -> dict[str, dict[str, float]] | None:
+def test_cases(client, run_id: str, title: str) -> dict[str, dict[str, float]] | None:
     """The figures of a run's test cases, or None if it did not come that far."""
     if "test_cases.json" not in {file.path for file in client.list_artifacts(run_id)}:
         return None
     with tempfile.TemporaryDirectory() as folder:
-        return read_cases(Path(client.download_artifacts(run_id, "test_cases.json", folder)))
+        file = Path(client.download_artifacts(run_id, "test_cases.json", folder))
+        try:
+            return read_cases(file)
+        except UserError:
+            raise UserError(f"run {title} ({run_id}): its artifact test_cases.json is damaged; log it again") from None
 
 
 def compare(runs: Sequence[Run], figure: str = "dice") -> list[Row]:
-    """A row for each kind of run and seed, and for a kind of several seeds one over all of them.
+    """A row for each run, then one over all seeds for each kind of run that has several.
 
-    The difference of a distilled student is to the student alone: same network, width and seed, paired by case. Over
-    several seeds, each case's mean over the seeds comes first, so that the interval is over cases.
+    The difference of a distilled student is to the student alone: same data, network, width and seed, paired by case;
+    to the mean over all seeds where there is none of its seed. Over several seeds, each case's mean over the seeds
+    comes first, so that the interval is over cases.
     """
-    known = next(iter(runs[0].cases.values()))
+    known = set.intersection(*(set(figures) for item in runs for figures in item.cases.values()))
     if figure not in known:
         raise UserError(f"{unknown_name('figure', figure, known)}")
-    groups: dict[tuple, list[Run]] = defaultdict(list)
-    for item in runs:
-        groups[(*item.kind, item.split)].append(item)
-    order = {"teacher": 0, "student alone": 1}
-    rows = []
-    for members in sorted(groups.values(), key=lambda g: (order.get(g[0].title, 2), g[0].network, g[0].method)):
-        parts = [[member] for member in sorted(members, key=lambda m: int(m.seed))]
-        for part in parts + ([members] if len(members) > 1 else []):
-            rows.append(make_row(part, runs, figure))
-    return rows
+    kinds: dict[tuple, list[Run]] = defaultdict(list)
+    for item in sorted(runs, key=lambda item: (item.data, item.order, int(item.seed))):
+        kinds[item.kind].append(item)
+    single = [make_row([item], runs, figure) for members in kinds.values() for item in members]
+    return single + [make_row(members, runs, figure) for members in kinds.values() if len(members) > 1]
 
 
 def make_row(members: Sequence[Run], runs: Sequence[Run], figure: str) -> Row:
+    """A row for runs that differ in their seed only."""
     first = members[0]
-    values, hd95 = over_seeds(members, figure), over_seeds(members, "hd95")
+    values = mean_by_case([values_of(item, figure) for item in members])
     summary = summarise(list(values.values()))
-    difference = None
-    if first.role == "student" and first.method != "none":
-        alone = [
-            other
-            for member in members
-            for other in runs
-            if (other.role, other.method) == ("student", "none")
-            and (other.network, other.width, other.seed, other.split)
-            == (member.network, member.width, member.seed, member.split)
-        ]
-        if len(alone) == len(members):
-            difference = paired_difference(values, over_seeds(alone, figure))
+    hd95 = summarise(list(mean_by_case([values_of(item, "hd95") for item in members]).values()))
     return Row(
-        title=first.title,
-        network=first.network,
-        width=first.width,
+        **{field.name: getattr(first, field.name) for field in fields(Run) if field.name not in ("seed", "cases")},
         seeds=first.seed if len(members) == 1 else f"{len(members)} seeds",
-        parameters=first.parameters,
-        cases=summary["cases"],
-        mean=summary["mean"],
-        low=summary["low"],
-        high=summary["high"],
-        misses=summary["misses"],
-        hd95=summarise(list(hd95.values()))["mean"],
-        difference=difference and difference["mean"],
-        difference_low=difference and difference["low"],
-        difference_high=difference and difference["high"],
+        **{key: summary[key] for key in ("cases", "mean", "low", "high", "misses")},
+        hd95=hd95["mean"],
+        hd95_misses=hd95["misses"],
+        **against_alone(members, values, runs, figure),
     )
 
 
-def over_seeds(members: Sequence[Run], figure: str) -> dict[str, float]:
-    """Each case's mean figure over runs of several seeds."""
-    cases = set.intersection(*(set(member.cases) for member in members))
-    return {case: float(np.mean([member.cases[case][figure] for member in members])) for case in sorted(cases)}
+def against_alone(
+    members: Sequence[Run], values: dict[str, float], runs: Sequence[Run], figure: str
+) -> dict[str, float | str]:
+    """The difference of distilled students of some seeds to the students alone; nothing if there are none."""
+    first = members[0]
+    alone = {
+        item.seed: values_of(item, figure)
+        for item in runs
+        if (item.role, item.method) == ("student", "none")
+        and (item.data, item.network, item.width) == (first.data, first.network, first.width)
+    }
+    if not first.distilled or not alone:
+        return {}
+    others = mean_by_case(list(alone.values()))
+    base = mean_by_case([alone.get(item.seed, others) for item in members])
+    difference = paired_difference(values, base)
+    return {
+        "difference": difference["mean"],
+        "difference_low": difference["low"],
+        "difference_high": difference["high"],
+        "difference_misses": difference["misses"],
+        "against": "same seed" if all(item.seed in alone for item in members) else "all seeds",
+    }
+
+
+def values_of(item: Run, figure: str) -> dict[str, float]:
+    """A run's figure of each case."""
+    return {case: figures[figure] for case, figures in item.cases.items()}
+
+
+def mean_by_case(runs: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Each case's mean over runs, for the cases of all of them."""
+    cases = set.intersection(*(set(values) for values in runs))
+    return {case: float(np.mean([values[case] for values in runs])) for case in sorted(cases)}
 
 
 def as_table(rows: Sequence[Row], figure: str) -> Table:
-    """For people. Differences are in points: hundredths for overlap figures."""
-    table = Table(title=f"test {figure} (mean over cases with its 95% interval)")
-    for name in ("", "network", "seed", "parameters"):
-        table.add_column(name, no_wrap=True, justify="right" if name == "parameters" else "left")
-    for name in (figure, "HD95 mm", "against student alone"):
-        table.add_column(name, no_wrap=True, justify="right")
-    for row in rows:
-        scale = 100 if figure.startswith(("dice", "voe")) else 1
-        difference = "" if row.difference is None else f"{scale * row.difference:+.2f} "
+    """Rows of the same data for people. Differences are in points: hundredths for overlap figures."""
+    scale = 100 if figure.startswith(("dice", "voe", "rvd")) else 1
+    data = f"{rows[0].dataset}, {rows[0].task}, split {rows[0].split}"
+    table = Table(title=f"{data}: test {figure} of {rows[0].cases} cases, mean and 95% interval", box=HORIZONTALS)
+    for name in (
+        "",
+        "network",
+        "seed",
+        "parameters",
+        figure,
+        "HD95 mm",
+        "points to alone" if scale == 100 else "to alone",
+    ):
+        table.add_column(name, justify="right" if name == "parameters" else "left", overflow="fold")
+    for before, row in zip([None, *rows], rows, strict=False):
+        if before and "seeds" in row.seeds and "seeds" not in before.seeds:
+            table.add_section()
+        difference = ""
         if row.difference is not None:
-            difference += f"[{scale * row.difference_low:+.2f}, {scale * row.difference_high:+.2f}]"
-        missed = f", {row.misses} missed" if row.misses else ""
-        width = "" if row.width == 1 else f" ×{row.width:g}"
-        hd95 = "" if math.isnan(row.hd95) else f"{row.hd95:.1f}"
-        values = f"{row.mean:.4f} [{row.low:.3f}, {row.high:.3f}]{missed}".replace("[", "\\[")
-        style = "bold" if "seeds" in row.seeds else ""
-        cells = (row.title, f"{row.network}{width}", row.seeds, f"{row.parameters:,}", values, hd95)
-        table.add_row(*cells, difference.replace("[", "\\["), style=style)
+            parts = (row.difference, row.difference_low, row.difference_high)
+            difference = "{:+.2f} \\[{:+.2f}, {:+.2f}]".format(*(scale * part for part in parts))
+            difference += missed(row.difference_misses) + ("*" if row.against == "all seeds" else "")
+        table.add_row(
+            row.title,
+            row.network if row.width == 1 else f"{row.network} ×{row.width:g}",
+            row.seeds,
+            f"{row.parameters:,}",
+            f"{row.mean:.4f} \\[{row.low:.3f}, {row.high:.3f}]{missed(row.misses)}",
+            f"{row.hd95:.1f}{missed(row.hd95_misses)}",
+            difference,
+        )
+    if any(row.against == "all seeds" for row in rows):
+        table.caption = "* no student alone of the same seed: to the mean of those there are"
     return table
+
+
+def missed(misses: int) -> str:
+    """Says that a mean is without some cases."""
+    return f" ({misses} missed)" if misses else ""
+
+
+def show(table: Table) -> None:
+    """Print a table whole: in a narrow terminal its cells fold, in a file or pipe it is as wide as it must be."""
+    wide = Console(width=1000).measure(table).maximum
+    (console if console.is_terminal else Console(width=wide, highlight=False)).print(table)
+
+
+def write_rows(rows: Sequence[Row], csv_file: Path | None, json_file: Path | None) -> None:
+    """Write rows to files. What is not a finite number is left empty (CSV) or null (JSON)."""
+    plain = [
+        {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in asdict(row).items()}
+        for row in rows
+    ]
+    for file in filter(None, (csv_file, json_file)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    if json_file:
+        json_file.write_text(json.dumps(plain, indent=1, allow_nan=False))
+    if csv_file:
+        with open(csv_file, "w", newline="") as file:
+            writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+            writer.writeheader()
+            writer.writerows(plain)
