@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
-TRUTH, RIGHT, WRONG, MISSED = "#35c2b0", "#35c2b0", "#e8553e", "#f2b134"
+COLOURS = {"target": "#35c2b0", "missed": "#f2b134", "predicted where there is none": "#e8553e"}
+TARGET, MISSED, WRONG = COLOURS.values()
 
 
 def prediction_figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -19,20 +20,19 @@ def prediction_figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """
     names = list(rows[0]["predictions"])
     figure = Figure(figsize=(2.3 * (2 + len(names)), 2.45 * len(rows) + 0.5), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), 2 + len(names), squeeze=False)
     for row, line in zip(rows, axes, strict=True):
         box = around(row["truth"] | np.any([p for p, _ in row["predictions"].values()], axis=0))
         image, truth = (row["image"][box] + 1) / 2, row["truth"][box]
         draw(line[0], image, [], f"{row['case']}, slice {row['slice']}")
-        draw(line[1], image, [(truth, TRUTH)], "truth")
+        draw(line[1], image, [(truth, TARGET)], "truth")
         for axis, (name, (prediction, dice)) in zip(line[2:], row["predictions"].items(), strict=True):
             prediction = prediction[box]
-            parts = [(prediction & truth, RIGHT), (prediction & ~truth, WRONG), (truth & ~prediction, MISSED)]
+            parts = [(prediction & truth, TARGET), (prediction & ~truth, WRONG), (truth & ~prediction, MISSED)]
             draw(axis, image, parts, f"{name}: Dice {dice:.3f}")
-    figure.supxlabel("green: right, red: predicted where there is none, yellow: missed", fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    patches = [Patch(color=colour, label=label) for label, colour in COLOURS.items()]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=8, frameon=False)
+    save(figure, path)
 
 
 def draw(axis, image: np.ndarray, parts: Sequence[tuple[np.ndarray, str]], title: str) -> None:
@@ -61,7 +61,6 @@ def around(region: np.ndarray, margin: float = 0.6) -> tuple[slice, slice]:
 def curves_figure(histories: Mapping[str, Sequence[tuple[float, float]]], label: str, path: Path) -> None:
     """Curves of (epoch, value) by name, as a PNG."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     axis = figure.subplots()
     for name, points in histories.items():
         axis.plot(*zip(*points, strict=True), label=name)
@@ -69,4 +68,10 @@ def curves_figure(histories: Mapping[str, Sequence[tuple[float, float]]], label:
     axis.set_ylabel(label)
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
