@@ -299,21 +299,26 @@ def as_table(rows: Sequence[Row], figure: str) -> Table:
             table.add_section()
         difference = ""
         if row.difference is not None:
-            parts = (row.difference, row.difference_low, row.difference_high)
-            difference = "{:+.2f} \\[{:+.2f}, {:+.2f}]".format(*(scale * part for part in parts))
-            difference += missed(row.difference_misses) + ("*" if row.against == "all seeds" else "")
+            parts = [scale * part for part in (row.difference, row.difference_low, row.difference_high)]
+            difference = finite("{:+.2f} \\[{:+.2f}, {:+.2f}]", *parts) + missed(row.difference_misses)
+            difference += "*" if row.against == "all seeds" else ""
         table.add_row(
             row.title,
             row.network if row.width == 1 else f"{row.network} ×{row.width:g}",
             row.seeds,
             f"{row.parameters:,}",
-            f"{row.mean:.4f} \\[{row.low:.3f}, {row.high:.3f}]{missed(row.misses)}",
-            f"{row.hd95:.1f}{missed(row.hd95_misses)}",
+            finite("{:.4f} \\[{:.3f}, {:.3f}]", row.mean, row.low, row.high) + missed(row.misses),
+            finite("{:.1f}", row.hd95) + missed(row.hd95_misses),
             difference,
         )
     if any(row.against == "all seeds" for row in rows):
         table.caption = "* no student alone of the same seed: to the mean of those there are"
     return table
+
+
+def finite(pattern: str, *values: float) -> str:
+    """Values in a pattern, or a dash where every case is missed."""
+    return "–" if math.isnan(values[0]) else pattern.format(*values)
 
 
 def missed(misses: int) -> str:

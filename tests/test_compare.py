@@ -147,12 +147,13 @@ def test_from_the_runs_to_the_table_and_its_files(store, tmp_path, capsys):
     assert "did you mean kits-organ, lits-organ" in capsys.readouterr().err
 
 
-def test_what_is_no_number_is_null_in_json(store, tmp_path):
+def test_what_is_no_number_is_a_dash_and_null(store, tmp_path, capsys):
     run = trained([0.5, 0.5])
     for figures in run.cases.values():
         figures["hd95"] = math.inf
     logged(store, tmp_path / "job", run)
     assert main(["compare", "--tracking-uri", store, "--figure", "hd95", "--json", "rows.json"]) == 0
+    assert capsys.readouterr().out.count("– (2 missed)") == 2
     (row,) = json.loads((tmp_path / "rows.json").read_text(), parse_constant=pytest.fail)
     assert (row["mean"], row["misses"], row["hd95_misses"]) == (None, 2, 2)
 
