@@ -1,0 +1,201 @@
+import gzip
+import tempfile
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nifti_cases import AFFINE, ORIENTATIONS, at_world_places, read, save
+from scipy.spatial.transform import Rotation
+
+from data_tools.errors import UserError
+from data_tools.layouts import Source
+from data_tools.prepare import Options, prepare_case
+from data_tools.store import AXES, create_store, open_store
+from data_tools.volumes import read_volume, stored_image, stored_label, to_source_grid
+
+HERE = Path("there.nii.gz")
+
+
+def prepared(folder: Path, image: Path, label: Path, labels=None):
+    """The stored case of two files, its image and its label."""
+    store = folder / "s.zarr"
+    create_store(store, {})
+    window = {"kind": "fixed", "low": 0, "high": 1}
+    result = prepare_case(Source("a", image, label), Options(store, labels or {"organ": [1, 2]}, False, window, None))
+    assert result.status == "prepared", result.note
+    return open_store(store).cases["a"], read(store, "a", "image"), read(store, "a", "label")
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    axes=st.sampled_from(ORIENTATIONS),
+    label_axes=st.sampled_from(ORIENTATIONS),
+    shape=st.tuples(*[st.integers(1, 4)] * 3),
+    spacing=st.tuples(*[st.floats(0.3, 5)] * 3),
+    tilt=st.tuples(*[st.floats(-12, 12)] * 3),
+    dtype=st.sampled_from(["uint8", "int16", "uint16", "int32", "float32", "float64"]),
+    scale=st.sampled_from([None, (1, -1024), (2, 0), (0.1, 0.5), (1e4, 0)]),
+    suffix=st.sampled_from([".nii", ".nii.gz"]),
+    seed=st.integers(0, 1000),
+)
+def test_to_the_store_and_back(axes, label_axes, shape, spacing, tilt, dtype, scale, suffix, seed):
+    random = np.random.default_rng(seed)
+    affine = np.eye(4)
+    affine[:3, :3] = Rotation.from_euler("xyz", tilt, degrees=True).as_matrix() * spacing
+    affine[:3, 3] = random.uniform(-300, 300, 3)
+    voxels = (random.integers(0, 200, shape) * (scale[0] if scale else 1)).astype(dtype)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        image = save(folder / f"image{suffix}", voxels, affine, axes, scale)
+        label = save(folder / f"label{suffix}", random.integers(0, 3, shape).astype(np.uint8), affine, label_axes)
+        case, stored, stored_labels = prepared(folder, image, label)
+
+        for axis, direction in enumerate(AXES):
+            world, sign = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}[direction]
+            assert sign * case.affine[world, axis] > 0.8 * case.spacing[axis]
+        np.testing.assert_allclose(sorted(case.spacing), sorted(spacing), rtol=1e-4)
+        source = nibabel.load(image)
+        values = np.asanyarray(source.dataobj)
+        np.testing.assert_array_equal(stored, at_world_places(case, image).astype(stored.dtype))
+        np.testing.assert_array_equal(stored_labels, at_world_places(case, label) > 0)
+
+        np.testing.assert_array_equal(to_source_grid(stored, case), values.astype(stored.dtype))
+        assert case.source["image"]["shape"] == list(source.shape)
+        assert case.source["image"]["orientation"] == "".join(nibabel.aff2axcodes(source.affine))
+        np.testing.assert_array_equal(case.source["image"]["affine"], source.affine)
+        fits = (values == np.round(values)).all() and values.min() >= -32768 and values.max() <= 32767
+        assert stored.dtype == ("int16" if fits else "float32")
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    changes=st.lists(st.tuples(st.integers(0, 351), st.integers(0, 255)), min_size=1, max_size=4), zipped=st.booleans()
+)
+def test_a_damaged_header_is_a_volume_or_an_error(changes, zipped):
+    content = bytearray(nibabel.Nifti1Image(np.arange(24, dtype=np.int16).reshape(2, 3, 4), AFFINE).to_bytes())
+    for place, value in changes:
+        content[place] = value
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / ("a.nii.gz" if zipped else "a.nii")
+        path.write_bytes(gzip.compress(content) if zipped else content)
+        try:
+            volume = read_volume(path)
+        except UserError as error:
+            message = str(error)
+        else:
+            message = str(path)
+            assert volume.voxels.ndim == 3
+            assert np.isfinite(volume.affine).all()
+        assert str(path) in message
+        assert "\n" not in message
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("content", [b"", b"junk" * 300, "half", "short", "header", "magic"])
+def test_damaged_files(tmp_path, suffix, content):
+    good = nibabel.Nifti1Image(np.random.default_rng(0).integers(0, 999, (8, 8, 8), np.int16), AFFINE).to_bytes()
+    pack = gzip.compress if suffix == ".nii.gz" else bytes
+    made = {
+        "half": pack(good)[: len(pack(good)) // 2],
+        "short": pack(good[:-10]),
+        "header": pack(good[:200]),
+        "magic": pack(good[:344] + b"XXXX" + good[348:]),
+    }
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(made.get(content, content))
+    with pytest.raises(UserError, match=rf"a{suffix} is truncated or damaged: copy or download it again") as error:
+        read_volume(path)
+    assert "\n" not in str(error.value)
+
+
+def test_nifti_2_and_big_endian(tmp_path):
+    voxels = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
+    for kind in (nibabel.Nifti1Image, nibabel.Nifti2Image):
+        for order in "<>":
+            header = kind.header_class(endianness=order)
+            header.set_data_dtype(np.int16)
+            nibabel.save(kind(voxels, AFFINE, header), tmp_path / "a.nii.gz")
+            nibabel.save(kind(voxels, AFFINE, header), tmp_path / "a.nii")
+            for name in ("a.nii.gz", "a.nii"):
+                assert sorted(read_volume(tmp_path / name).voxels.ravel()) == list(range(24))
+
+
+def test_frames_and_channels(tmp_path):
+    voxels = np.arange(48, dtype=np.int16).reshape(2, 3, 4, 2)
+    one = read_volume(save(tmp_path / "one.nii", voxels[..., :1]))
+    assert one.voxels.shape == (4, 3, 2)
+    several = save(tmp_path / "several.nii", voxels)
+    with pytest.raises(UserError, match=r"several.nii: has 2 channels; pick one with --channel 0 … 1"):
+        read_volume(several)
+    with pytest.raises(UserError, match=r"several.nii: has 2 channels, so there is no --channel 2"):
+        read_volume(several, 2)
+    assert set(read_volume(several, 1).voxels.ravel()) == set(range(1, 48, 2))
+    for shape in ((4, 4), (2, 2, 2, 2, 2), (2, 0, 2)):
+        with pytest.raises(UserError, match=r"odd.nii.* (is no volume of three axes|damaged)"):
+            read_volume(save(tmp_path / "odd.nii", np.zeros(shape, np.int16)))
+
+
+def test_voxels_that_are_no_numbers(tmp_path):
+    path = save(tmp_path / "a.nii", np.zeros((2, 2, 2), [("R", "u1"), ("G", "u1"), ("B", "u1")]))
+    with pytest.raises(UserError, match=r"a\.nii: voxels of type .* are not numbers"):
+        read_volume(path)
+
+
+def test_notes_on_where_a_volume_lies(tmp_path):
+    voxels = np.zeros((3, 4, 5), np.int16)
+    assert read_volume(save(tmp_path / "a.nii", voxels)).notes == ()
+    turn = np.eye(4)
+    turn[:3, :3] = Rotation.from_euler("x", 14, degrees=True).as_matrix()
+    (note,) = read_volume(save(tmp_path / "a.nii", voxels, turn @ AFFINE)).notes
+    assert "oblique by 14°" in note
+    (note,) = read_volume(save(tmp_path / "a.nii", voxels, None)).notes
+    assert "no orientation" in note
+
+
+def test_whole_numbers_are_int16():
+    for voxels in (np.array([-32768, 32767]), np.array([-1024.0, 3071.0]), np.array([True, False])):
+        stored, note = stored_image(voxels, HERE)
+        assert stored.dtype == np.int16
+        assert not note
+        assert stored.tolist() == voxels.tolist()
+
+
+def test_other_numbers_are_float32_and_roundings_are_told():
+    for exact in (np.array([0.5, 2.0]), np.array([0, 32768]), np.array([1.7e6])):
+        stored, note = stored_image(exact, HERE)
+        assert stored.dtype == np.float32
+        assert not note
+        assert stored.tolist() == exact.tolist()
+    for voxels, error in ((np.array([1.0, 0.1]), 1.5e-8), (np.array([2**24 + 1]), 6e-8)):
+        stored, note = stored_image(voxels, HERE)
+        assert stored.dtype == np.float32
+        assert "relative error" in note
+        assert float(note.split()[-1]) == pytest.approx(error, rel=0.5)
+
+
+@pytest.mark.parametrize(
+    ("voxels", "message"),
+    [
+        ([0, np.nan], "1 voxels are NaN or infinite"),
+        ([np.inf, -np.inf, 1], "2 voxels are NaN"),
+        ([1e300], "do not fit into float32"),
+    ],
+)
+def test_images_that_are_refused(voxels, message):
+    with pytest.raises(UserError, match=f"there.nii.gz: .*{message}"):
+        stored_image(np.array(voxels), HERE)
+
+
+def test_labels():
+    mapping = {"organ": [1, 3], "tumour": [2]}
+    for dtype in (np.uint8, np.int16, np.float64):
+        assert stored_label(np.array([0, 1, 2, 3], dtype), mapping, False, HERE).tolist() == [0, 1, 2, 1]
+        assert stored_label(np.array([0, 9, 2, 3], dtype), mapping, True, HERE).tolist() == [0, 0, 2, 1]
+    with pytest.raises(UserError, match=r"there.nii.gz: label 7, 9 is not declared; add it to --labels"):
+        stored_label(np.array([0, 7, 9, 2]), mapping, False, HERE)
+    for odd in (0.5, np.nan, np.inf):
+        with pytest.raises(UserError, match=f"whole numbers, and it holds {odd}"):
+            stored_label(np.array([0, odd]), mapping, True, HERE)
