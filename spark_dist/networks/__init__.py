@@ -13,21 +13,28 @@ from torch import nn
 from data_tools.errors import unknown_name
 
 from .base import NetworkOutput, Tap, Taps
+from .deeplabv3plus import DeepLabV3Plus
 from .enet import ENet
 from .erfnet import ERFNet
 from .espnet import ESPNet
+from .mnet import MNet
 from .mobilenetv2 import MobileNetV2
 from .pspnet import PSPNet
 from .raunet import RAUNet
 from .resnet import ResNet
 from .unet import UNet
+from .unet2022 import UNet2022
+from .unetplusplus import UNetPlusPlus
+from .universeg import UniverSeg
 
 __all__ = ["NETWORKS", "NetworkOutput", "Tap", "Taps", "build_network"]
 
 NETWORKS = {
+    "deeplabv3+": DeepLabV3Plus,
     "enet": ENet,
     "erfnet": ERFNet,
     "espnet": ESPNet,
+    "mnet": MNet,
     "mobilenetv2": MobileNetV2,
     "pspnet": PSPNet,
     "raunet": RAUNet,
@@ -35,6 +42,9 @@ NETWORKS = {
     "resnet34": partial(ResNet, "resnet34"),
     "resnet50": partial(ResNet, "resnet50"),
     "unet": UNet,
+    "unet++": UNetPlusPlus,
+    "unet2022": UNet2022,
+    "universeg": UniverSeg,
 }
 
 
