@@ -3,9 +3,9 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .base import NetworkOutput, Tap, Taps, check_batch, check_size, scaled
+from .pspnet import resized
 
 
 class DeepLabV3Plus(nn.Module):
@@ -57,10 +57,6 @@ class DeepLabV3Plus(nn.Module):
         high = self.rest(first)
         joined = torch.cat([resized(self.pyramid(high), first), self.skip(first)], dim=1)
         return NetworkOutput(resized(self.head(joined), x), low, high)
-
-
-def resized(x: Tensor, like: Tensor) -> Tensor:
-    return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=True)
 
 
 def conv(channels: int, out_channels: int, kernel: int, stride: int = 1, dilation: int = 1) -> nn.Sequential:
