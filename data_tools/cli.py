@@ -11,6 +11,8 @@ from .errors import UserError
 from .layouts import LAYOUTS
 from .report import case_row, cases_table, console, progress, window_text
 
+DEFAULT_SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand. Returns the exit code: 0, 1 if a case failed, 2 for a mistake of the user."""
@@ -82,11 +84,23 @@ def parser() -> argparse.ArgumentParser:
 
     split = commands.add_parser("split", help="divide the cases into train, val and test")
     split.add_argument("store", type=Path, help="slice store")
-    for part, fraction in (("train", 0.7), ("val", 0.15), ("test", 0.15)):
+    for part, share in DEFAULT_SHARES.items():
         split.add_argument(
-            f"--{part}", type=float, default=fraction, help=f"fraction of the cases, 0 to 1 (default {fraction})"
+            f"--{part}",
+            type=share_of_cases,
+            help=f"fraction of the cases (0.7), or their number (168) (default {share})",
         )
     split.add_argument("--seed", type=at_least(0), default=0, help="seed of the division (default 0)")
+    split.add_argument(
+        "--folds",
+        type=at_least(3),
+        help="K splits NAME-fold0 … for a cross-validation: fold k is test, the next one val, the others train",
+    )
+    split.add_argument(
+        "--lists",
+        type=Path,
+        help='JSON file with {"train": [case, …], "val": […], "test": […]}, or a list of these for several splits',
+    )
     split.add_argument("--name", default="default", help="name of the split (default default); a split never changes")
     split.set_defaults(run=run_split)
 
@@ -105,6 +119,14 @@ def at_least(lowest: int):
         return int(text)
 
     return number
+
+
+def share_of_cases(text: str) -> float:
+    """A type of option: a fraction, or a number of cases."""
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no fraction (0.7) and no number of cases (168)") from None
 
 
 def run_phantom(options: argparse.Namespace) -> int:
@@ -136,16 +158,36 @@ def run_prepare(options: argparse.Namespace) -> int:
 
 
 def run_split(options: argparse.Namespace) -> int:
-    from .split import PARTS, make_split
-    from .store import open_store, write_split
+    from .split import split_by_folds, split_by_shares, split_text, splits_by_lists
+    from .store import open_store, write_splits
 
-    record = make_split(open_store(options.store), {part: getattr(options, part) for part in PARTS}, options.seed)
-    write_split(options.store, options.name, record)
-    console.print(f"split '{options.name}': " + ", ".join(f"{len(record[part])} {part}" for part in PARTS))
+    given = {part: share for part in DEFAULT_SHARES if (share := getattr(options, part)) is not None}
+    if sum(map(bool, (given, options.folds, options.lists))) > 1:
+        raise UserError("give the parts (--train, --val, --test), or --folds, or --lists, and not two of these")
+    store = open_store(options.store)
+    if options.lists:
+        records = splits_by_lists(store, options.lists)
+    elif options.folds:
+        records = split_by_folds(store, options.folds, options.seed)
+    else:
+        records = [split_by_shares(store, given_shares(given), options.seed)]
+    folds = options.folds or len(records) > 1
+    named = {f"{options.name}-fold{k}" if folds else options.name: record for k, record in enumerate(records)}
+    write_splits(options.store, named)
+    for name, record in named.items():
+        console.print(f"split '{name}': {split_text(record)}")
+        if left_out := set(store.cases).difference(*(record[part] for part in DEFAULT_SHARES)):
+            console.print(f"note: in no part: {', '.join(sorted(left_out)[:10])}{' …' if len(left_out) > 10 else ''}")
     return 0
 
 
+def given_shares(given: dict[str, float]) -> dict[str, float]:
+    """The shares of all parts: the default ones if none is given, else 0 for a part that is not."""
+    return {part: given.get(part, 0) if given else share for part, share in DEFAULT_SHARES.items()}
+
+
 def run_info(options: argparse.Namespace) -> int:
+    from .split import split_text
     from .store import open_store
 
     store = open_store(options.store)
@@ -161,6 +203,5 @@ def run_info(options: argparse.Namespace) -> int:
     labels = ", ".join(f"{name}={'+'.join(map(str, values))}" for name, values in store.attributes["labels"].items())
     console.print(f"labels {labels}; {window_text(store.attributes['window'])}")
     for name, split in store.splits.items():
-        counts = ", ".join(f"{len(split[part])} {part}" for part in ("train", "val", "test"))
-        console.print(f"split '{name}': {counts}, seed {split['seed']}")
+        console.print(f"split '{name}': {split_text(split)}")
     return 0

@@ -1,36 +1,133 @@
-"""Cases to train, val and test."""
+"""Cases to train, val and test: by shares, by folds, or by fixed lists."""
 
-from collections.abc import Mapping
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .errors import UserError
+from .errors import UserError, unknown_name
 from .store import Store
 
 PARTS = ("train", "val", "test")
 
 
-def make_split(store: Store, fractions: Mapping[str, float], seed: int) -> dict[str, Any]:
-    """A seeded split by case, with about the same share of cases with tumour in every part.
+def split_by_shares(store: Store, shares: Mapping[str, float], seed: int) -> dict[str, Any]:
+    """A seeded split into parts that are fractions of 1 (0.7), or numbers of cases (168) that sum to the store's.
 
-    Raises `UserError` if the fractions are no fractions of 1, or there are fewer cases than parts.
+    Every part has about the same share of cases with tumour. Raises `UserError` if the shares sum to neither, or a
+    part that should have cases would get none.
     """
-    if not all(f >= 0 for f in fractions.values()) or abs(sum(fractions.values()) - 1) > 1e-6:
-        raise UserError(f"the parts must be fractions that sum to 1, not {', '.join(map(str, fractions.values()))}")
-    random = np.random.default_rng(seed)
-    groups: tuple[list[str], list[str]] = ([], [])
-    for name, case in store.cases.items():
-        groups[bool(len(case.task_slices("tumour")))].append(name)
-    parts: dict[str, list[str]] = {part: [] for part in PARTS}
-    # One group after the other, each case to the part that lacks most: that keeps the shares in each group and in all.
-    order = [name for group in groups for name in random.permutation(group).tolist()]
-    for seen, name in enumerate(order, start=1):
-        parts[max(PARTS, key=lambda part: fractions[part] * seen - len(parts[part]))].append(name)
-    for part in PARTS:
-        if fractions[part] > 0 and not parts[part]:
+    total, shown = sum(shares.values()), ", ".join(f"{share:g}" for share in shares.values())
+    cases, sound = len(store.cases), all(share >= 0 for share in shares.values())
+    if sound and abs(total - 1) < 1e-6:
+        sizes = rounded([shares[part] * cases for part in PARTS])
+    elif sound and total == cases and all(share == int(share) for share in shares.values()):
+        sizes = [int(shares[part]) for part in PARTS]
+    else:
+        raise UserError(
+            f"the parts must be fractions that sum to 1, or numbers of cases that sum to the {cases} of the store, "
+            f"not {shown}"
+        )
+    for part, size in zip(PARTS, sizes, strict=True):
+        if shares[part] and not size:
             raise UserError(
-                f"{store.path}: {len(store.cases)} cases leave {part} ({fractions[part]:g}) without any; "
+                f"{store.path}: {cases} cases leave {part} ({shares[part]:g}) without any; "
                 "prepare more cases, or change the fractions"
             )
-    return {**{part: sorted(names) for part, names in parts.items()}, "seed": seed, "fractions": dict(fractions)}
+    groups = deal(store, sizes, seed)
+    return {**dict(zip(PARTS, groups, strict=True)), "seed": seed, "made": {"shares": dict(shares)}}
+
+
+def split_by_folds(store: Store, folds: int, seed: int) -> list[dict[str, Any]]:
+    """The splits of a cross-validation: in split k, fold k is test, the next fold is val and the others are train.
+
+    So each case is tested once, by a network whose epoch was chosen on other cases. Every fold has about the same
+    share of cases with tumour. Raises `UserError` for fewer than 3 folds, or fewer cases than folds.
+    """
+    if not 3 <= folds <= len(store.cases):
+        raise UserError(
+            f"--folds {folds}: one fold is for test, one for val and the others for train, so that it takes 3 folds "
+            f"or more, and no more than the {len(store.cases)} cases of {store.path}"
+        )
+    groups = deal(store, rounded([len(store.cases) / folds] * folds), seed)
+    records = []
+    for k in range(folds):
+        test, val, *train = groups[k:] + groups[:k]
+        parts = {"train": sorted(name for group in train for name in group), "val": val, "test": test}
+        records.append({**parts, "seed": seed, "made": {"fold": k, "folds": folds}})
+    return records
+
+
+def splits_by_lists(store: Store, file: Path) -> list[dict[str, Any]]:
+    """The split, or the splits of a cross-validation, of a JSON file with {"train": [case, …], "val": …, "test": …},
+    or a list of these.
+
+    Raises `UserError` if it is something else, names a case that is not in the store, or names one twice.
+    """
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: can't be read as JSON ({error})") from None
+    splits = found if isinstance(found, list) else [found]
+    if not splits or not all(is_split(split) for split in splits):
+        raise UserError(f'{file}: write {{"train": [case, …], "val": […], "test": […]}}, or a list of these')
+    records = []
+    for split in splits:
+        names = Counter(name for part in PARTS for name in split.get(part, []))
+        if unknown := [name for name in names if name not in store.cases]:
+            raise UserError(f"{file}: {unknown_name('case', unknown[0], store.cases)} ({store.path})")
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise UserError(f"{file}: case '{twice[0]}' is named twice; a case belongs to one part")
+        parts = {part: sorted(split.get(part, [])) for part in PARTS}
+        records.append({**parts, "seed": None, "made": {"lists": file.name}})
+    return records
+
+
+def is_split(found: Any) -> bool:
+    """Whether something read from JSON has the form of a split: a part or more, each a list of names."""
+    return (
+        isinstance(found, dict)
+        and found.keys() <= set(PARTS)
+        and all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in found.values())
+        and any(found.values())
+    )
+
+
+def rounded(sizes: Sequence[float]) -> list[int]:
+    """Sizes as whole numbers of the same sum, each less than 1 off (largest remainder)."""
+    whole = np.floor(np.asarray(sizes) + 1e-6).astype(int)
+    missing = round(sum(sizes)) - whole.sum()
+    whole[np.argsort(whole - np.asarray(sizes), kind="stable")[:missing]] += 1
+    return whole.tolist()
+
+
+def deal(store: Store, sizes: Sequence[int], seed: int) -> list[list[str]]:
+    """All cases to groups of these sizes at random, with about the same share of cases with tumour in each."""
+    random = np.random.default_rng(seed)
+    groups: list[list[str]] = [[] for _ in sizes]
+    by_tumour: tuple[list[str], list[str]] = ([], [])
+    for name, case in store.cases.items():
+        by_tumour[bool(len(case.task_slices("tumour")))].append(name)
+    # First those without tumour, then those with, each case to the group that lacks most: that keeps the shares.
+    order = [name for names in by_tumour for name in random.permutation(names).tolist()]
+    for seen, name in enumerate(order, start=1):
+        open_groups = [g for g, size in enumerate(sizes) if len(groups[g]) < size]
+        lacking = {g: sizes[g] * seen / len(order) - len(groups[g]) for g in open_groups}
+        groups[max(lacking, key=lacking.get)].append(name)
+    return [sorted(group) for group in groups]
+
+
+def split_text(record: Mapping[str, Any]) -> str:
+    """How a split was made and the sizes of its parts, for people."""
+    made = dict(record.get("made", {}))
+    if "folds" in made:
+        how = f"fold {made['fold']} of {made['folds']}, "
+    elif "lists" in made:
+        how = f"lists of {made['lists']}, "
+    else:
+        how = ""
+    seed = "" if record["seed"] is None else f", seed {record['seed']}"
+    return how + ", ".join(f"{len(record[part])} {part}" for part in PARTS) + seed

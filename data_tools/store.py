@@ -165,11 +165,18 @@ def delete_case(path: Path, name: str) -> None:
 
 def write_split(path: Path, name: str, record: Mapping[str, Any]) -> None:
     """Record a split under a name that is not taken. A split never changes."""
-    check_name("split", name)
+    write_splits(path, {name: record})
+
+
+def write_splits(path: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
+    """Record several splits, or none of them if a name is taken."""
     splits = zarr.open_group(Path(path), mode="r+").require_group("splits")
-    if name in splits:
-        raise UserError(f"{path}: a split '{name}' exists and a split never changes; give another --name")
-    splits.create_group(name, attributes=dict(record))
+    for name in records:
+        check_name("split", name)
+        if name in splits:
+            raise UserError(f"{path}: a split '{name}' exists and a split never changes; give another --name")
+    for name, record in records.items():
+        splits.create_group(name, attributes=dict(record))
 
 
 def check_name(kind: str, name: str) -> None:

@@ -1,3 +1,5 @@
+import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from data_tools.cli import main
 from data_tools.errors import UserError
-from data_tools.split import PARTS, make_split
+from data_tools.split import PARTS, split_by_folds, split_by_shares, splits_by_lists
 from data_tools.store import create_store, open_store, write_case
 
 
@@ -28,34 +30,93 @@ def test_shares_hold_in_all_cases_and_in_those_with_tumour(with_tumour, without,
     store = a_store(with_tumour, without)
     shares = fractions(1 - (val + test) / 20, val / 20, test / 20)
     try:
-        split = make_split(store, shares, seed)
+        split = split_by_shares(store, shares, seed)
     except UserError:
         assert min(share for share in shares.values() if share) * len(store.cases) <= 2
         return
     assert sorted(name for part in PARTS for name in split[part]) == list(store.cases)
     for part in PARTS:
         tumours = sum(len(store.cases[name].task_slices("tumour")) for name in split[part])
-        assert abs(len(split[part]) - shares[part] * len(store.cases)) <= 1.5
+        assert abs(len(split[part]) - shares[part] * len(store.cases)) < 1
         assert abs(tumours - shares[part] * with_tumour) <= 1.5
         assert bool(split[part]) >= (shares[part] > 0)
-    assert split == make_split(store, shares, seed) | {"seed": seed, "fractions": shares}
+    assert split == split_by_shares(store, shares, seed) | {"seed": seed, "made": {"shares": shares}}
 
 
 def test_another_seed_is_another_split():
     store, shares = a_store(20, 20), fractions(0.7, 0.15, 0.15)
-    assert len({tuple(make_split(store, shares, seed)["test"]) for seed in range(5)}) == 5
+    assert len({tuple(split_by_shares(store, shares, seed)["test"]) for seed in range(5)}) == 5
 
 
-@pytest.mark.parametrize("wrong", [(0.7, 0.7, -0.4), (0.5, 0.2, 0.2), (float("nan"), 0.5, 0.5)])
+@pytest.mark.parametrize(
+    "wrong", [(0.7, 0.7, -0.4), (0.5, 0.2, 0.2), (float("nan"), 0.5, 0.5), (5, 5, 1), (5.5, 4.5, 0), (12, -2, 0)]
+)
 def test_fractions_of_one(wrong):
     with pytest.raises(UserError, match="sum to 1"):
-        make_split(a_store(5, 5), fractions(*wrong), 0)
+        split_by_shares(a_store(5, 5), fractions(*wrong), 0)
+
+
+@pytest.mark.parametrize(("cases", "sizes"), [(210, (151, 17, 42)), (131, (94, 11, 26)), (3, (3, 0, 0))])
+def test_numbers_of_cases_are_kept_exactly(cases, sizes):
+    store = a_store(cases // 3, cases - cases // 3)
+    split = split_by_shares(store, fractions(*sizes), 0)
+    assert [len(split[part]) for part in PARTS] == list(sizes)
+    tumours = [sum(len(store.cases[name].task_slices("tumour")) for name in split[part]) for part in PARTS]
+    assert tumours == pytest.approx([size * (cases // 3) / cases for size in sizes], abs=1.5)
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(3, 12), st.integers(0, 2**32))
+def test_each_case_is_tested_in_one_fold(with_tumour, without, folds, seed):
+    store = a_store(with_tumour, without)
+    if len(store.cases) < folds:
+        with pytest.raises(UserError, match=f"no more than the {len(store.cases)} cases"):
+            split_by_folds(store, folds, seed)
+        return
+    splits = split_by_folds(store, folds, seed)
+    assert sorted(name for split in splits for name in split["test"]) == list(store.cases)
+    for k, split in enumerate(splits):
+        assert sorted(name for part in PARTS for name in split[part]) == list(store.cases)
+        assert split["val"] == splits[(k + 1) % folds]["test"]
+        assert abs(len(split["test"]) - len(store.cases) / folds) < 1
+        tumours = sum(len(store.cases[name].task_slices("tumour")) for name in split["test"])
+        assert abs(tumours - with_tumour / folds) <= 1.5
+    assert splits == split_by_folds(store, folds, seed)
+
+
+def test_fixed_lists(tmp_path):
+    file = tmp_path / "splits.json"
+    one = {"train": ["c003", "c001"], "val": ["c000"], "test": ["c002"]}
+    file.write_text(json.dumps([one, {"train": ["c000"], "val": ["c001"]}]))
+    first, second = splits_by_lists(a_store(2, 2), file)
+    assert first == {**one, "train": ["c001", "c003"], "seed": None, "made": {"lists": "splits.json"}}
+    assert second["test"] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ('{"train": ["c000", "c001"], "test": ["c000"]}', "case 'c000' is named twice"),
+        ('{"train": ["c000", "c01"]}', "there is no case 'c01'; did you mean c001"),
+        ('{"train": "c000"}', "write"),
+        ('{"training": ["c000"]}', "write"),
+        ('{"train": []}', "write"),
+        ("[]", "write"),
+        ("3", "write"),
+        ('{"train": [', "can't be read as JSON"),
+    ],
+)
+def test_wrong_lists(tmp_path, text, error):
+    file = tmp_path / "splits.json"
+    file.write_text(text)
+    with pytest.raises(UserError, match=error) as caught:
+        splits_by_lists(a_store(2, 2), file)
+    assert str(file) in str(caught.value)
 
 
 def test_fewer_cases_than_parts():
     with pytest.raises(UserError, match=r"2 cases leave test \(0.2\) without any; prepare more cases"):
-        make_split(a_store(1, 1), fractions(0.5, 0.3, 0.2), 0)
-    assert make_split(a_store(1, 1), fractions(0.5, 0, 0.5), 0)["val"] == []
+        split_by_shares(a_store(1, 1), fractions(0.5, 0.3, 0.2), 0)
+    assert split_by_shares(a_store(1, 1), fractions(0.5, 0, 0.5), 0)["val"] == []
 
 
 def test_command(tmp_path, capsys):
@@ -69,7 +130,7 @@ def test_command(tmp_path, capsys):
     record = open_store(path).splits["default"]
     assert [len(record[part]) for part in PARTS] == [6, 2, 2]
     assert record["seed"] == 3
-    assert record["fractions"] == fractions(0.6, 0.2, 0.2)
+    assert record["made"] == {"shares": fractions(0.6, 0.2, 0.2)}
     assert main(["split", str(path)]) == 2
     assert main(["split", str(path), "--name", "../evil"]) == 2
     assert main(["split", str(path), "--name", "second"]) == 0
@@ -77,3 +138,23 @@ def test_command(tmp_path, capsys):
     assert len(errors) == 2
     assert "a split 'default' exists" in errors[0]
     assert open_store(path).splits["default"] == record
+
+
+def test_command_for_folds_and_lists(tiny_store, tmp_path, capsys):
+    path = tmp_path / "s.zarr"
+    shutil.copytree(tiny_store, path)
+    assert main(["split", str(path), "--folds", "4", "--seed", "1", "--name", "cv"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[3].startswith("split 'cv-fold3': fold 3 of 4, ")
+    assert sorted(open_store(path).splits) == ["cv-fold0", "cv-fold1", "cv-fold2", "cv-fold3", "default"]
+    # One name of five is taken, so that none is written.
+    assert main(["split", str(path), "--folds", "5", "--name", "cv"]) == 2
+    assert "cv-fold0' exists" in capsys.readouterr().err
+    assert len(open_store(path).splits) == 5
+    lists = tmp_path / "mine.json"
+    lists.write_text('{"train": ["case_00000"], "val": ["case_00001"], "test": ["case_00002"]}')
+    assert main(["split", str(path), "--lists", str(lists), "--name", "mine"]) == 0
+    out = capsys.readouterr().out
+    assert "split 'mine': lists of mine.json, 1 train, 1 val, 1 test\n" in out
+    assert "note: in no part: case_00003, " in out
+    assert main(["split", str(path), "--lists", str(lists), "--folds", "3", "--name", "both"]) == 2
