@@ -15,6 +15,7 @@ import hashlib
 import json
 import re
 import shutil
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +100,7 @@ def create_store(path: Path, attributes: Mapping[str, Any]) -> None:
 
     Raises `UserError` if something else is at `path`, or a store with other labels, window or layout.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     wanted = {"format": FORMAT, "version": VERSION, **json.loads(json.dumps(dict(attributes)))}
     if (path / "zarr.json").exists():
         found = _root_attributes(path)
@@ -112,10 +113,20 @@ def create_store(path: Path, attributes: Mapping[str, Any]) -> None:
         return
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: exists and is no slice store; name an empty or new folder")
+    # Made beside and renamed: a run that is killed here leaves no half store, and of two at a time one is first.
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
     path.parent.mkdir(parents=True, exist_ok=True)
-    root = zarr.create_group(path, attributes=wanted)
-    root.create_group("cases")
-    root.create_group("splits")
+    try:
+        root = zarr.create_group(new, attributes=wanted)
+        root.create_group("cases")
+        root.create_group("splits")
+        new.rename(path)
+    except OSError:
+        if not (path / "zarr.json").exists():
+            raise
+        create_store(path, attributes)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def write_case(path: Path, name: str, image: np.ndarray, label: np.ndarray, attributes: Mapping[str, Any]) -> None:
@@ -135,7 +146,8 @@ def write_case(path: Path, name: str, image: np.ndarray, label: np.ndarray, attr
 
 
 def _write_arrays(path: Path, name: str, image: np.ndarray, label: np.ndarray, attributes: Mapping[str, Any]) -> None:
-    group = zarr.open_group(Path(path), mode="r+").create_group(f"cases/{name}")
+    # Opened at the case: through its parents, Zarr would put temporary files into them that a kill leaves behind.
+    group = zarr.create_group(Path(path) / "cases" / name)
     for key, voxels in (("image", image), ("label", label)):
         array = group.create_array(
             key,

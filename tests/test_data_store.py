@@ -1,4 +1,8 @@
 import json
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,6 +63,40 @@ def test_a_flipped_bit_is_found(path):
     shard.write_bytes(damaged)
     with pytest.raises(ValueError, match="Digest mismatch"):
         read(path, "a", "image")
+
+
+@pytest.fixture(scope="module")
+def opened():
+    """Files that this process opens for writing, while `opened.on`."""
+
+    class Opened(list):
+        on = False
+
+    files = Opened()
+
+    def hook(event, arguments):
+        if files.on and event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            files.append(Path(os.fsdecode(arguments[0])))
+
+    sys.addaudithook(hook)
+    return files
+
+
+def test_all_that_a_killed_run_can_leave_lies_in_the_case(path, opened):
+    """Even a temporary file: what lies elsewhere would stay for ever."""
+    opened.on = True
+    write(path)
+    opened.on = False
+    assert len(opened) > 4
+    assert all(file.is_relative_to(path / "cases" / "a") for file in opened)
+
+
+def test_two_that_make_a_store_at_once(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: create_store(tmp_path / "s.zarr", FACTS), range(8)))
+    assert [file.name for file in tmp_path.iterdir()] == ["s.zarr"]
+    with pytest.raises(UserError, match="made with layout"):
+        create_store(tmp_path / "s.zarr", FACTS | {"layout": "lits"})
 
 
 def test_label_counts(path):
