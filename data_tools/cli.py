@@ -1,4 +1,4 @@
-"""`spark-data`: phantom, prepare, split, info."""
+"""`spark-data`: phantom, prepare, split, preview, stats, info."""
 
 import argparse
 import re
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from .errors import UserError
+from .errors import UserError, unknown_name
 from .layouts import LAYOUTS
 from .report import case_row, cases_table, console, progress, window_text
 
@@ -104,6 +104,18 @@ def parser() -> argparse.ArgumentParser:
     split.add_argument("--name", default="default", help="name of the split (default default); a split never changes")
     split.set_defaults(run=run_split)
 
+    preview = commands.add_parser("preview", help="a contact sheet of each case, and one HTML page over all")
+    preview.add_argument("store", type=Path, help="slice store")
+    preview.add_argument("--out", type=Path, help="folder to write to (default: STORE's name with -preview)")
+    preview.add_argument("--only", nargs="+", metavar="CASE", help="draw only these cases; the others' sheets stay")
+    preview.add_argument("--slices", type=at_least(1), default=10, help="slices of each case (default 10)")
+    preview.set_defaults(run=run_preview)
+
+    stats = commands.add_parser("stats", help="sizes, spacings, volumes, intensities: tables and a figure")
+    stats.add_argument("store", type=Path, help="slice store")
+    stats.add_argument("--out", type=Path, help="PNG to write (default: STORE's name with -stats.png)")
+    stats.set_defaults(run=run_stats)
+
     info = commands.add_parser("info", help="what is in a store")
     info.add_argument("store", type=Path, help="slice store")
     info.set_defaults(run=run_info)
@@ -184,6 +196,27 @@ def run_split(options: argparse.Namespace) -> int:
 def given_shares(given: dict[str, float]) -> dict[str, float]:
     """The shares of all parts: the default ones if none is given, else 0 for a part that is not."""
     return {part: given.get(part, 0) if given else share for part, share in DEFAULT_SHARES.items()}
+
+
+def run_preview(options: argparse.Namespace) -> int:
+    from .preview import preview
+    from .store import open_store
+
+    store = open_store(options.store)
+    cases = options.only or list(store.cases)
+    if unknown := [name for name in cases if name not in store.cases]:
+        raise UserError(f"{options.store}: {unknown_name('case', unknown[0], store.cases)}")
+    page = preview(store, options.out or Path(f"{options.store.stem}-preview"), cases, options.slices)
+    console.print(f"{len(cases)} cases in {page}")
+    return 0
+
+
+def run_stats(options: argparse.Namespace) -> int:
+    from .stats import stats
+    from .store import open_store
+
+    stats(open_store(options.store), options.out or Path(f"{options.store.stem}-stats.png"))
+    return 0
 
 
 def run_info(options: argparse.Namespace) -> int:

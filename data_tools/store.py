@@ -64,6 +64,10 @@ class Case:
         """Indices of the slices that have voxels of the task's target."""
         return np.flatnonzero(self.label_counts[:, TASKS[task]].sum(axis=1))
 
+    def volume_ml(self, task: str) -> float:
+        """The volume of the task's target in ml."""
+        return float(self.label_counts[:, TASKS[task]].sum() * np.prod(self.spacing) / 1000)
+
 
 @dataclass(frozen=True)
 class Store:

@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data_tools.errors import UserError
+from data_tools.location import finished, open_array
 from data_tools.store import TASKS, Case, Store
 
 ORIENTATIONS = 8
@@ -137,32 +137,6 @@ class VoxelReader:
     def case(self, case: str, kind: str) -> np.ndarray:
         """All voxels of a case, (Z, H, W)."""
         return finished(self.array(case, kind).read(), f"{self.path}: case {case}")
-
-
-def open_array(path: Path) -> ts.TensorStore:
-    """An existing Zarr v3 array. A chunk that is not there is an error, not zeros."""
-    spec = {
-        "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": str(Path(path).absolute())},
-        "fill_missing_data_reads": False,
-    }
-    try:
-        return ts.open(spec, open=True, read=True).result()
-    except ValueError as error:
-        raise UserError(f"{path}: can't be opened ({first_line(error)}); prepare this case again") from None
-
-
-def finished(read: ts.Future, what: str) -> np.ndarray:
-    """The result of a read. Raises `UserError` naming `what` if a chunk is damaged or missing."""
-    try:
-        return read.result()
-    except (ValueError, OSError) as error:
-        raise UserError(f"{what} is damaged ({first_line(error)}); prepare the case again") from None
-
-
-def first_line(error: Exception) -> str:
-    """The start of an error's message, fit for one line."""
-    return str(error).splitlines()[0][:160]
 
 
 class SliceDataset(Dataset):

@@ -26,8 +26,10 @@ import tensorstore as ts
 import torch
 from torch import Tensor, nn
 
+from data_tools.location import finished, first_line, open_array
+
 from .checkpoint import write_text
-from .data import Batch, finished, first_line, open_array
+from .data import Batch
 from .distillers.base import Distiller
 from .networks.base import NetworkOutput, Taps
 

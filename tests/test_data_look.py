@@ -1,0 +1,134 @@
+"""`spark-data preview` and `spark-data stats`."""
+
+import re
+import shutil
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import zarr
+from matplotlib.image import imread
+
+from data_tools.cli import main
+from data_tools.preview import COLOURS, chosen_slices
+from data_tools.stats import count_intensities, measures
+from data_tools.store import TASKS, create_store, open_store, write_case
+
+
+class Page(HTMLParser):
+    """What an HTML page links to, and its figures."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.figures = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.links += [attributes[key] for key in ("src", "href") if key in attributes]
+        if tag == "figure":
+            self.figures.append(attributes)
+
+
+def pixels_near(picture, colour):
+    """How many pixels of a picture (H, W, RGBA) have about this colour."""
+    wanted = np.array([int(colour[k : k + 2], 16) for k in (1, 3, 5)]) / 255
+    return int((np.abs(picture[..., :3] - wanted).max(axis=-1) < 0.12).sum())
+
+
+def test_preview(tiny_store, tmp_path, capsys):
+    out = tmp_path / "look"
+    assert main(["preview", str(tiny_store), "--out", str(out), "--only", "case_00001", "case_00000"]) == 0
+    page = Page((out / "index.html").read_text())
+    assert page.links == [f"sheets/case_{k:05}.png" for k in (0, 0, 1, 1)]
+    assert all((out / link).exists() for link in page.links)
+    case = open_store(tiny_store).cases["case_00000"]
+    assert float(page.figures[0]["data-tumour"]) == pytest.approx(case.volume_ml("tumour"), rel=1e-4)
+    assert "default train" in page.figures[0]["data-text"].replace(":", "")
+    # A later call draws other cases, and the page has all that were drawn.
+    assert main(["preview", str(tiny_store), "--out", str(out), "--only", "case_00007"]) == 0
+    assert len(Page((out / "index.html").read_text()).figures) == 3
+    assert {file.name for file in (out / "sheets").iterdir()} == {f"case_{k:05}.png" for k in (0, 1, 7)}
+    capsys.readouterr()
+    assert main(["preview", str(tiny_store), "--out", str(out), "--only", "case_1"]) == 2
+    assert "there is no case 'case_1'; did you mean case_0" in capsys.readouterr().err
+
+
+def test_sheets_outline_what_there_is(tmp_path):
+    path = tmp_path / "s.zarr"
+    create_store(path, {"labels": {"organ": [1], "tumour": [2]}, "window": {"kind": "fixed", "low": 0, "high": 100}})
+    facts = {"affine": np.eye(4).tolist(), "spacing": [4, 1, 1], "window": [0, 100], "source": {}}
+    image, label = np.full((4, 40, 40), 50, np.int16), np.zeros((4, 40, 40), np.uint8)
+    write_case(path, "none", image, label, facts)
+    label[1:3, 10:30, 10:30] = 1
+    write_case(path, "organ", image, label, facts)
+    label[2, 15:20, 15:20] = 2
+    write_case(path, "tumour", image, label, facts)
+    assert main(["preview", str(path), "--out", str(tmp_path)]) == 0
+    for name, shown in (("none", set()), ("organ", {"organ"}), ("tumour", {"organ", "tumour"})):
+        picture = imread(tmp_path / "sheets" / f"{name}.png")
+        assert {task for task, colour in COLOURS.items() if pixels_near(picture, colour) > 50} == shown
+
+
+@pytest.mark.parametrize("count", [1, 4, 10])
+def test_slices_with_most_tumour_are_chosen(count):
+    counts = np.zeros((100, 3), int)
+    counts[20:80, 1] = 50
+    counts[40:50, 2] = np.arange(10) + 1
+    case = SimpleNamespace(shape=(100, 8, 8), label_counts=counts)
+    chosen = chosen_slices(case, count)
+    assert chosen == sorted(set(chosen))
+    assert len(chosen) == count
+    assert 49 in chosen
+    assert all(20 <= z < 80 for z in chosen)
+    assert min(np.diff(chosen), default=9) >= 5
+    counts[:, 1:] = 0
+    assert chosen_slices(case, 3) == [0, 50, 99]
+    assert chosen_slices(SimpleNamespace(shape=(2, 8, 8), label_counts=counts[:2]), 10) == [0, 1]
+
+
+def test_damage_is_one_line_with_the_case(tiny_store, tmp_path, capsys):
+    copy = tmp_path / "copy.zarr"
+    shutil.copytree(tiny_store, copy)
+    (copy / "cases" / "case_00003" / "image" / "c" / "0" / "0" / "0").write_bytes(b"nothing")
+    for command in ("preview", "stats"):
+        assert main([command, str(copy), "--out", str(tmp_path / command)]) == 2
+        error = capsys.readouterr().err
+        assert re.fullmatch(r"error: .*case_00003 .*is damaged.*\n", error)
+
+
+def test_stats(tiny_store, tmp_path, capsys):
+    assert main(["stats", str(tiny_store), "--out", str(tmp_path / "new" / "stats.png")]) == 0
+    out = capsys.readouterr().out
+    store = open_store(tiny_store)
+    rows = {line.split("  ")[1].strip(): line.split() for line in out.splitlines() if line.startswith("  ")}
+    assert rows["default: train"][2:5] == ["5", "5", str(sum(store.cases[f"case_{k:05}"].shape[0] for k in range(5)))]
+    assert rows["rows"][1:5] == ["11", "40", "45", "50"]
+    picture = imread(tmp_path / "new" / "stats.png")
+    assert picture.shape[1] > 1000
+    assert picture.std() > 0.05
+
+
+def test_intensities_are_counted_exactly(tiny_store):
+    store = open_store(tiny_store)
+    found = count_intensities(store)
+    for label in range(3):
+        values = np.concatenate(
+            [
+                group["image"][...][group["label"][...] == label]
+                for name in store.cases
+                for group in [zarr.open_group(tiny_store / "cases" / name, mode="r")]
+            ]
+        ).astype(float)
+        wanted = (values.mean(), values.std(), *np.percentile(values, (0.5, 50, 99.5), method="inverted_cdf"))
+        assert found.row(label) == pytest.approx(wanted, abs=1e-6)
+
+
+def test_measures(tiny_store):
+    case = open_store(tiny_store).cases["case_00002"]
+    label = zarr.open_array(tiny_store / "cases" / "case_00002" / "label", mode="r")[...]
+    found = measures(case)
+    for task, values in TASKS.items():
+        assert found[f"{task} ml"] == pytest.approx(np.isin(label, values).sum() * 3 * 0.8 * 0.7 / 1000)
+    assert (found["slices"], found["rows"], found["slice spacing mm"]) == (7, 42, 3)
