@@ -397,7 +397,14 @@ def test_spark_caches_maps_at_the_size_at_which_they_are_compared():
     assert {name: tuple(t.shape[1:]) for name, t in targets.items()} == {
         "logits": (2, 32, 32),
         "low": (6, 16, 16),
+        "low_pooled": (6, 21),
+        "low_at_high": (6, 4, 4),
+        "low_at_high_pooled": (6, 5),
         "high": (10, 8, 8),
+        "high_pooled": (10, 21),
+        "high_at_high": (10, 4, 4),
+        "high_at_high_pooled": (10, 5),
+        "power": (3,),
     }
 
 

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -40,6 +41,11 @@ def smaller(a: Size, b: Size) -> Size:
     return min(a[0], b[0]), min(a[1], b[1])
 
 
+def full(x: Tensor) -> Tensor:
+    """In float32, or in float64 where it is that already."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def pool_to(x: Tensor, size: Size) -> Tensor:
     """Average-pooled to (H, W)."""
     return x if size_of(x) == size else F.adaptive_avg_pool2d(x, size)
@@ -67,7 +73,9 @@ def attention_map(x: Tensor, power: int = 2) -> Tensor:
 
     Zagoruyko and Komodakis, Paying More Attention to Attention, ICLR 2017, arXiv 1612.03928.
     """
-    energy = x.float().pow(power).mean(dim=1)
+    x = full(x)
+    # A square's square costs a fraction of a general power.
+    energy = (x.square().square() if power == 4 else x.pow(power)).mean(dim=1)
     return F.normalize(energy.flatten(1), dim=1).view_as(energy)
 
 
@@ -80,7 +88,8 @@ def attention_enhanced(x: Tensor, gain: float, stride: int, reference_crop: int)
     """
     height, width = size_of(x)
     gain = gain * math.sqrt(height * width) * stride / reference_crop
-    return x.float() * (gain * attention_map(x)).unsqueeze(1)
+    x = full(x)
+    return x * (gain * attention_map(x)).unsqueeze(1)
 
 
 def hierarchical_mse(student: Tensor, teacher: Tensor) -> Tensor:
@@ -90,10 +99,26 @@ def hierarchical_mse(student: Tensor, teacher: Tensor) -> Tensor:
     The hierarchical context loss of Chen et al., Distilling Knowledge via Knowledge Review, CVPR 2021, arXiv
     2104.09044. Both maps are (N, C, H, W) or (N, H, W) of one size.
     """
-    loss, weight, total = F.mse_loss(student, teacher), 1.0, 1.0
+    levels = [F.mse_loss(x, y) for x, y in zip(pooled_levels(student), pooled_levels(teacher), strict=True)]
+    return sum(weight * loss for weight, loss in zip(level_weights(len(levels)), levels, strict=True))
+
+
+def pooled_levels(x: Tensor) -> list[Tensor]:
+    """A map (…, H, W) and its poolings to 4×4, 2×2 and 1×1, without those that are not smaller than the map.
+
+    A level is built from the one before wherever that is the same.
+    """
+    levels, source = [x], x
     for side in (4, 2, 1):
-        if side < min(size_of(student)):
-            weight /= 2
-            loss = loss + weight * F.mse_loss(pool_to(student, (side, side)), pool_to(teacher, (side, side)))
-            total += weight
-    return loss / total
+        if side < min(size_of(x)):
+            levels.append(pool_to(source, (side, side)))
+            # Pooling in two steps equals pooling in one if the first has windows that do not overlap.
+            if size_of(x)[0] % side == size_of(x)[1] % side == 0:
+                source = levels[-1]
+    return levels
+
+
+def level_weights(levels: int) -> list[float]:
+    """The weights 1, ½, ¼ … of a map and its poolings, divided by their sum."""
+    weights = [0.5**k for k in range(levels)]
+    return [weight / sum(weights) for weight in weights]

@@ -1,20 +1,14 @@
 """SPARK: attention-enhanced features distilled across levels."""
 
+import torch
 from torch import Tensor, nn
 
 from spark_dist import losses
 from spark_dist.networks.base import NetworkOutput, Taps
 
 from .base import Distiller
-from .features import (
-    attention_enhanced,
-    connector,
-    hierarchical_mse,
-    map_size,
-    pool_to,
-    size_of,
-    smaller,
-)
+from .features import Size, attention_enhanced, connector, map_size, pool_to, smaller
+from .quadratic import centred, distance, distance_through, pooled_columns, power
 
 
 class SPARK(Distiller):
@@ -22,14 +16,17 @@ class SPARK(Distiller):
 
     A feature map F becomes F̂ = F · gain · A, A being the mean over channels of F², L2-normalised over the pixels of
     each sample. CED = d(low, low) + high_low · d(high, low) + d(high, high) + low_high · d(low, high), each pair named
-    student first, d being `distance`. The loss is
+    student first, d being the `hierarchical_mse` of the student's map, seen through a connector where the numbers of
+    channels differ, and the teacher's, both pooled to the smaller size. The loss is
     segmentation · (½ focal + ½ soft Dice) + ced · CED + kl · T² KL(teacher ‖ student).
 
     The gain holds at a crop of `reference_crop`² pixels (the paper's 384), and grows with √(H·W) so that the term
     weighs the same at every crop (see `attention_enhanced`).
 
-    Caches the logits, and the teacher's enhanced maps pooled to the size at which the student's largest map meets
-    them. Defined per sample, but for the connectors' batch norm.
+    Caches the logits, and the teacher's enhanced maps pooled to the size at which a student's map meets them, with
+    their further poolings and mean squares. Defined per sample, but for the connectors' batch norm, whose statistics
+    are those of each process's part of the batch at the student's own size. The teacher-wide maps that the connectors
+    stand for are never formed (see `quadratic`).
     """
 
     def __init__(
@@ -53,41 +50,54 @@ class SPARK(Distiller):
         self.connectors = nn.ModuleDict(
             {f"{s}_{t}": connector(getattr(student, s).channels, getattr(teacher, t).channels) for s, t in self.pairs}
         )
+        self.connected = [(s, t) for s, t in self.pairs if not isinstance(self.connectors[f"{s}_{t}"], nn.Identity)]
 
     def enhanced(self, x: Tensor, stride: int) -> Tensor:
         """The attention-enhanced features of a map with a stride."""
         return attention_enhanced(x, self.gain, stride, self.reference_crop)
 
+    def meeting(self, student: str, teacher: str, mask: Tensor) -> Size:
+        """(H, W) at which a student's and a teacher's map are compared."""
+        return smaller(map_size(getattr(self.student, student), mask), map_size(getattr(self.teacher, teacher), mask))
+
+    def target(self, student: str, teacher: str, mask: Tensor) -> str:
+        """The name of the teacher's map that a student's meets: one serves both where the sizes are equal."""
+        shared = self.meeting("high", teacher, mask) == self.meeting("low", teacher, mask)
+        return teacher if shared or student == "low" else f"{teacher}_at_high"
+
     def teacher_targets(self, teacher: NetworkOutput, mask: Tensor) -> dict[str, Tensor]:
-        largest = max(map_size(self.student.low, mask), map_size(self.student.high, mask))
-        low = self.enhanced(teacher.low, self.teacher.low.stride)
-        high = self.enhanced(teacher.high, self.teacher.high.stride)
-        return {
-            "logits": teacher.logits,
-            "low": pool_to(low, smaller(size_of(low), largest)),
-            "high": pool_to(high, smaller(size_of(high), largest)),
-        }
+        targets, powers = {"logits": teacher.logits}, []
+        for t in ("low", "high"):
+            x = self.enhanced(getattr(teacher, t), getattr(self.teacher, t).stride)
+            for s in ("low", "high"):
+                name = self.target(s, t, mask)
+                if name in targets:
+                    continue
+                targets[name] = pool_to(x, self.meeting(s, t, mask))
+                if (columns := pooled_columns(targets[name])) is not None:
+                    targets[f"{name}_pooled"] = columns
+        for s, t in self.connected:
+            powers.append(power(targets[self.target(s, t, mask)]))
+        return targets | ({"power": torch.stack(powers, dim=1)} if powers else {})
 
     def forward(
         self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
     ) -> dict[str, Tensor]:
-        # The connectors take the student's number format, which is not float32 where DeepSpeed casts the model.
-        maps = {
-            "low": self.enhanced(student.low, self.student.low.stride).to(student.low.dtype),
-            "high": self.enhanced(student.high, self.student.high.stride).to(student.high.dtype),
-        }
-        ced = sum(
-            weight * distance(maps[s], targets[t], self.connectors[f"{s}_{t}"]) for (s, t), weight in self.pairs.items()
-        )
+        maps = {s: self.enhanced(getattr(student, s), getattr(self.student, s).stride) for s in ("low", "high")}
+        around_mean = {s: centred(maps[s]) for s, _ in self.connected}
+        ced = torch.zeros((), device=mask.device)
+        for (s, t), weight in self.pairs.items():
+            name, size = self.target(s, t, mask), self.meeting(s, t, mask)
+            teacher = targets[name], targets.get(f"{name}_pooled")
+            if (s, t) in self.connected:
+                x = around_mean[s]
+                squares = targets["power"][:, self.connected.index((s, t))]
+                d = distance_through(self.connectors[f"{s}_{t}"], x, pool_to(x.map, size), *teacher, squares)
+            else:
+                d = distance(pool_to(maps[s], size), *teacher)
+            ced = ced + weight * d
         return {
             "segmentation": self.segmentation * losses.segmentation(student.logits, mask),
             "ced": self.ced * ced,
             "kl": self.kl * losses.kl(student.logits, targets["logits"], self.temperature),
         }
-
-
-def distance(student: Tensor, teacher: Tensor, connector: nn.Module) -> Tensor:
-    """How far a student's map (N, C, H, W), seen through a connector, is from a teacher's (N, C', H', W'): both pooled
-    to the smaller size, then compared by `hierarchical_mse`."""
-    size = smaller(size_of(student), size_of(teacher))
-    return hierarchical_mse(pool_to(connector(student).float(), size), pool_to(teacher.float(), size))
