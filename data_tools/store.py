@@ -1,14 +1,16 @@
 """The slice store: its schema, how a case is written, and how a store is opened.
 
     STORE/                      Zarr v3 group; attributes: format, version, labels, window, layout
-    STORE/cases/<case>/         group; attributes: see `Case`; `complete` is written last and makes the case visible
+    STORE/cases/                group; a second copy of the store's attributes, should the first be damaged
+    STORE/cases/<case>/         group; attributes: see `Case`; they are written last and make the case visible
     STORE/cases/<case>/image    (Z, H, W) int16 or float32
-    STORE/cases/<case>/label    (Z, H, W) uint8: 0 background, 1 organ, 2 tumour
+    STORE/cases/<case>/label    (Z, H, W) uint8: 0 background, 1 organ, 2 tumour; not there in a case without labels
     STORE/splits/<name>/        group; attributes: train, val, test (case names), seed and how it was made
 
 Slices are axial. The axes run to (inferior, posterior, left), which is the way KiTS19 is stored. One chunk is one
 slice and one shard is up to 64 slices, compressed with lz4 after a bit shuffle, with a crc32c over every chunk.
-Empty chunks are written, so that a chunk that is not there is always damage.
+Empty chunks are written, so that a chunk that is not there is always damage. `checksum` among a group's attributes is
+a hash of its metadata and, in a case, of its arrays' metadata, so that no byte of a store can change unseen.
 """
 
 import hashlib
@@ -28,7 +30,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from .errors import UserError, unknown_name
 
 FORMAT = "spark-dist slice store"
-VERSION = 1
+VERSION = 2
 AXES = ("I", "P", "L")
 LABELS = ("background", "organ", "tumour")
 SHARD_SLICES = 64
@@ -55,10 +57,15 @@ class Case:
     window: tuple[float, float]
     """The intensities that training maps to −1 and 1."""
     label_counts: np.ndarray
-    """(Z, 3) voxels of background, organ, tumour in each slice."""
+    """(Z, 3) voxels of background, organ, tumour in each slice; (0, 3) in a case without labels."""
     source: dict[str, Any]
     """The files that the case was made of: image_sha256 and label_sha256, and `image` and `label` with each file's
     name, orientation, shape, affine and dtype."""
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there is a label array. Without one, a case is for prediction only."""
+        return len(self.label_counts) > 0
 
     def task_slices(self, task: str) -> np.ndarray:
         """Indices of the slices that have voxels of the task's target."""
@@ -114,6 +121,7 @@ def create_store(path: Path, attributes: Mapping[str, Any]) -> None:
                 f"{path}: this store was made with {key}={found.get(key)!r}, not {wanted[key]!r}; "
                 "prepare into another folder, or give the same options"
             )
+        read_sealed(path)
         return
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: exists and is no slice store; name an empty or new folder")
@@ -121,9 +129,9 @@ def create_store(path: Path, attributes: Mapping[str, Any]) -> None:
     new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        root = zarr.create_group(new, attributes=wanted)
-        root.create_group("cases")
-        root.create_group("splits")
+        for group in (new, new / "cases"):
+            _write_sealed(zarr.create_group(group), group, wanted)
+        zarr.create_group(new / "splits")
         new.rename(path)
     except OSError:
         if not (path / "zarr.json").exists():
@@ -133,12 +141,14 @@ def create_store(path: Path, attributes: Mapping[str, Any]) -> None:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def write_case(path: Path, name: str, image: np.ndarray, label: np.ndarray, attributes: Mapping[str, Any]) -> None:
+def write_case(
+    path: Path, name: str, image: np.ndarray, label: np.ndarray | None, attributes: Mapping[str, Any]
+) -> None:
     """Write one case whole. It becomes visible when its last byte is in place, and replaces one of the same name.
 
-    `image` (Z, H, W) int16 or float32; `label` (Z, H, W) uint8 of 0, 1, 2; `attributes`: affine, spacing, window,
-    source (see `Case`). The label counts are added here. What is there of a case that can't be written (a full disk)
-    is removed. One process at a time may write a case.
+    `image` (Z, H, W) int16 or float32; `label` (Z, H, W) uint8 of 0, 1, 2, or None; `attributes`: affine, spacing,
+    window, source (see `Case`). The label counts are added here. What is there of a case that can't be written (a full
+    disk) is removed. One process at a time may write a case.
     """
     check_name("case", name)
     delete_case(path, name)
@@ -149,26 +159,63 @@ def write_case(path: Path, name: str, image: np.ndarray, label: np.ndarray, attr
         raise
 
 
-def _write_arrays(path: Path, name: str, image: np.ndarray, label: np.ndarray, attributes: Mapping[str, Any]) -> None:
+def _write_arrays(
+    path: Path, name: str, image: np.ndarray, label: np.ndarray | None, attributes: Mapping[str, Any]
+) -> None:
     # Opened at the case: through its parents, Zarr would put temporary files into them that a kill leaves behind.
-    group = zarr.create_group(Path(path) / "cases" / name)
-    for key, voxels in (("image", image), ("label", label)):
-        array = group.create_array(
-            key,
-            shape=voxels.shape,
-            dtype=voxels.dtype,
-            chunks=(1, *voxels.shape[1:]),
-            shards=(min(SHARD_SLICES, len(voxels)), *voxels.shape[1:]),
-            compressors=[
-                BloscCodec(typesize=voxels.dtype.itemsize, cname="lz4", clevel=5, shuffle="bitshuffle"),
-                Crc32cCodec(),
-            ],
-            config={"write_empty_chunks": True},
-            dimension_names=("slice", "row", "column"),
-        )
-        array[...] = voxels
-    counts = np.stack([(label == value).sum(axis=(1, 2)) for value in range(len(LABELS))], axis=1)
-    group.update_attributes({**attributes, "label_counts": counts.tolist(), "complete": True})
+    folder = Path(path) / "cases" / name
+    group = zarr.create_group(folder)
+    _write_array(group, "image", image)
+    counts: list[list[int]] = []
+    if label is not None:
+        _write_array(group, "label", label)
+        counts = [np.bincount(voxels.ravel(), minlength=len(LABELS)).tolist() for voxels in label]
+    _write_sealed(group, folder, {**attributes, "label_counts": counts})
+
+
+def _write_array(group: zarr.Group, key: str, voxels: np.ndarray) -> None:
+    """An array of slices, shard by shard: of `voxels` in another order of axes there is never a second copy."""
+    array = group.create_array(
+        key,
+        shape=voxels.shape,
+        dtype=voxels.dtype,
+        chunks=(1, *voxels.shape[1:]),
+        shards=(min(SHARD_SLICES, len(voxels)), *voxels.shape[1:]),
+        compressors=[
+            BloscCodec(typesize=voxels.dtype.itemsize, cname="lz4", clevel=5, shuffle="bitshuffle"),
+            Crc32cCodec(),
+        ],
+        config={"write_empty_chunks": True},
+        dimension_names=("slice", "row", "column"),
+    )
+    for start in range(0, len(voxels), SHARD_SLICES):
+        array[start : start + SHARD_SLICES] = np.ascontiguousarray(voxels[start : start + SHARD_SLICES])
+
+
+def _write_sealed(group: zarr.Group, folder: Path, attributes: Mapping[str, Any]) -> None:
+    """The attributes of a group at `folder`, with the checksum over all metadata."""
+    facts = json.loads(json.dumps(dict(attributes)))
+    document = _read_json(folder / "zarr.json") | {"attributes": facts}
+    group.update_attributes({**facts, "checksum": _checksum(document, folder)})
+
+
+def _checksum(document: Mapping[str, Any], folder: Path) -> str:
+    """A hash of a group's metadata without its own checksum, and that of the arrays in it."""
+    facts = {key: value for key, value in document["attributes"].items() if key != "checksum"}
+    arrays = [_read_json(folder / key / "zarr.json") for key in ("image", "label") if (folder / key).exists()]
+    whole = json.dumps([{**document, "attributes": facts}, *arrays], sort_keys=True)
+    return hashlib.sha256(whole.encode()).hexdigest()
+
+
+def read_sealed(folder: Path) -> dict[str, Any]:
+    """The attributes of the group at `folder`; {} if they are not written yet. Raises `UserError` if it is damaged."""
+    document = _read_json(folder / "zarr.json")
+    facts = document.get("attributes") if isinstance(document, dict) else None
+    if facts == {}:
+        return facts
+    if not isinstance(facts, dict) or facts.pop("checksum", None) != _checksum(document, folder):
+        raise damaged(folder / "zarr.json", "not what was written")
+    return facts
 
 
 def delete_case(path: Path, name: str) -> None:
@@ -192,7 +239,7 @@ def write_splits(path: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
         if name in splits:
             raise UserError(f"{path}: a split '{name}' exists and a split never changes; give another --name")
     for name, record in records.items():
-        splits.create_group(name, attributes=dict(record))
+        _write_sealed(splits.create_group(name), Path(path) / "splits" / name, record)
 
 
 def check_name(kind: str, name: str) -> None:
@@ -207,24 +254,20 @@ def open_store(path: Path, only: str = "*") -> Store:
     Raises `UserError` if there is no store at `path`, it was made by another version, or it holds no case.
     """
     path = Path(path)
-    attributes = _root_attributes(path)
-    if attributes.get("version") != VERSION:
-        raise UserError(
-            f"{path}: a slice store of version {attributes.get('version')}, and this program reads version {VERSION}; "
-            "prepare it again from the NIfTI files"
-        )
-    cases = {}
-    for file in sorted(path.glob(f"cases/{only}/zarr.json")):
-        facts = _read_json(file).get("attributes", {})
-        if facts.get("complete"):
-            cases[file.parent.name] = _case(file.parent, facts)
+    attributes = read_attributes(path)
+    found = (read_case(path, file.parent.name) for file in sorted(path.glob(f"cases/{only}/zarr.json")))
+    cases = {case.name: case for case in found if case}
     if not cases:
         raise UserError(f"{path}: the store holds no complete case; run spark-data prepare")
-    splits = {file.parent.name: _read_json(file)["attributes"] for file in sorted(path.glob("splits/*/zarr.json"))}
+    splits = {file.parent.name: read_sealed(file.parent) for file in sorted(path.glob("splits/*/zarr.json"))}
     return Store(path=path, attributes=attributes, cases=cases, splits=splits)
 
 
-def _case(folder: Path, facts: dict[str, Any]) -> Case:
+def read_case(path: Path, name: str) -> Case | None:
+    """A case of the store at `path`; None if it is not complete. Raises `UserError` if its metadata are damaged."""
+    folder = Path(path) / "cases" / name
+    if not (folder / "zarr.json").exists() or not (facts := read_sealed(folder)):
+        return None
     array = _read_json(folder / "image" / "zarr.json")
     return Case(
         name=folder.name,
@@ -238,17 +281,37 @@ def _case(folder: Path, facts: dict[str, Any]) -> Case:
     )
 
 
+def read_attributes(path: Path) -> dict[str, Any]:
+    """The attributes of the store at `path`.
+
+    Raises `UserError` if there is none, it was made by another version, or its metadata are damaged.
+    """
+    attributes = _root_attributes(path)
+    if attributes.get("version") != VERSION:
+        raise UserError(
+            f"{path}: a slice store of version {attributes.get('version')}, and this program reads version {VERSION}; "
+            "prepare it again from the NIfTI files"
+        )
+    return read_sealed(path)
+
+
 def _root_attributes(path: Path) -> dict[str, Any]:
     if not (path / "zarr.json").exists():
         raise UserError(f"{path}: no slice store here; make one with: spark-data prepare INPUT {path} --layout …")
-    attributes = _read_json(path / "zarr.json").get("attributes", {})
-    if attributes.get("format") != FORMAT:
+    document = _read_json(path / "zarr.json")
+    attributes = document.get("attributes") if isinstance(document, dict) else None
+    if not isinstance(attributes, dict) or attributes.get("format") != FORMAT:
         raise UserError(f"{path}: a Zarr group, but no slice store")
     return attributes
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: can't be read ({error}); prepare this case again") from None
+        raise damaged(file, f"can't be read ({error})") from None
+
+
+def damaged(file: Path, reason: str) -> UserError:
+    """An error for a file of a store that is not as it was written."""
+    return UserError(f"{file}: {reason}; find all damage with spark-data verify, or prepare this case again")

@@ -293,7 +293,7 @@ def test_a_store_of_another_version(kits, prepare, tmp_path):
     code, _, err = prepare_kits(prepare, kits)
     assert code == 2
     assert len(err) == 1
-    assert "s.zarr: this store was made with version=0, not 1" in err[0]
+    assert "s.zarr: this store was made with version=0, not 2" in err[0]
 
 
 def test_other_options_need_another_store(kits, prepare):

@@ -126,12 +126,40 @@ def test_a_case_that_fails_leaves_nothing(path, monkeypatch):
     assert [folder.name for folder in (path / "cases").iterdir() if folder.is_dir()] == ["good"]
 
 
-def test_a_case_without_its_mark_is_invisible(path):
+def test_a_case_without_its_attributes_is_invisible(path):
     write(path, "good")
     write(path, "a")
-    file = path / "cases" / "a" / "zarr.json"
-    rewrite_json(file, attributes={**json.loads(file.read_text())["attributes"], "complete": False})
+    rewrite_json(path / "cases" / "a" / "zarr.json", attributes={})
     assert list(open_store(path).cases) == ["good"]
+
+
+@pytest.mark.parametrize("file", ["zarr.json", "cases/a/zarr.json", "cases/a/image/zarr.json", "splits/s/zarr.json"])
+def test_metadata_that_changed_are_an_error(path, file):
+    """Any change: a bit of the affine, of a key's name, of an array's codecs."""
+    write(path)
+    write_split(path, "s", {"train": ["a"], "val": [], "test": []})
+    good = (path / file).read_bytes()
+    for place in range(0, len(good), 7):
+        for changed in (good[:place], good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :]):
+            (path / file).write_bytes(changed)
+            try:
+                meaning = json.loads(changed)
+            except ValueError:
+                meaning = None
+            if meaning != json.loads(good):
+                with pytest.raises(UserError, match=r"zarr\.json: |a Zarr group, but no|of version"):
+                    open_store(path)
+    (path / file).write_bytes(good)
+    assert open_store(path)
+
+
+def test_a_case_without_labels(path):
+    write_case(path, "a", np.zeros((3, 4, 4), np.int16), None, full())
+    case = open_store(path).cases["a"]
+    assert not case.labelled
+    assert case.label_counts.shape == (0, 3)
+    assert not len(case.task_slices("organ"))
+    assert not (path / "cases" / "a" / "label").exists()
 
 
 def test_a_case_replaces_one_of_its_name(path):
@@ -181,9 +209,9 @@ def test_a_store_of_another_version(path):
     write(path)
     attributes = json.loads((path / "zarr.json").read_text())["attributes"]
     rewrite_json(path / "zarr.json", attributes=attributes | {"version": 0})
-    with pytest.raises(UserError, match=r"s\.zarr: a slice store of version 0, and this program reads version 1; prep"):
+    with pytest.raises(UserError, match=r"s\.zarr: a slice store of version 0, and this program reads version 2; prep"):
         open_store(path)
-    with pytest.raises(UserError, match=r"s\.zarr: this store was made with version=0, not 1"):
+    with pytest.raises(UserError, match=r"s\.zarr: this store was made with version=0, not 2"):
         create_store(path, FACTS)
 
 
