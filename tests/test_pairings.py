@@ -12,12 +12,14 @@ from spark_dist.distillers import DISTILLERS, build_distiller
 from spark_dist.networks import NETWORKS, NetworkOutput, build_network
 
 CROP = 64
-WIDTH = 0.1
+WIDTH = {"enet": 0.5}
+"""Width of a network where it is not 0.1. A bottleneck of one channel between two batch norms has a scale that makes no
+difference, so its weight would not learn."""
 
 
 def tiny(name):
     torch.manual_seed(0)
-    network = build_network(name, width=WIDTH)
+    network = build_network(name, width=WIDTH.get(name, 0.1))
     if hasattr(network, "set_support"):
         image = torch.randn(4, 1, CROP, CROP)
         network.set_support(image, (image > 0).float())
@@ -32,7 +34,8 @@ def step(method, student, teacher):
     mask = torch.stack([1 - target, target], dim=1)
     distiller = build_distiller(method, student=student.taps, teacher=teacher.taps, samples=4)
     model = Distillation(student, distiller)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    # Gradients may be as small as layer scales make them: eps must not swallow the step.
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3, eps=1e-30)
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
     with torch.no_grad():
         output = NetworkOutput(*(t.float() for t in teacher.eval()(image)))
