@@ -23,7 +23,16 @@ from .errors import UserError
 from .layouts import LAYOUTS, Source, msd_description
 from .report import case_row, cases_table, console, progress, window_text
 from .store import create_store, open_store, write_case
-from .volumes import check_same_grid, read_volume, sha256, stored_image, stored_label
+from .volumes import (
+    check_same_grid,
+    read_header,
+    read_voxels,
+    resized,
+    resized_affine,
+    sha256,
+    stored_image,
+    stored_label,
+)
 
 HU_WINDOWS = {"kits": (-200.0, 300.0), "lits": (-60.0, 140.0)}
 """Hounsfield units that the original system maps to −1 and 1."""
@@ -38,7 +47,11 @@ class Options:
     labels: dict[str, list[int]]
     other: bool
     window: dict[str, Any]
-    channel: int | None
+    channel: int | None = None
+    size: tuple[int, int] | None = None
+    """Rows and columns that all slices are resampled to."""
+    spacing: tuple[float, float, float] | None = None
+    """mm along a file's axes, for files that do not know theirs."""
 
 
 class Result(NamedTuple):
@@ -207,18 +220,37 @@ def is_there(case: str, hashes: dict[str, str], store: Path) -> bool:
 
 def write(source: Source, hashes: dict[str, str], options: Options) -> str:
     """Read, check and write a case. Returns notes on it. Raises `UserError`."""
-    image, label = read_volume(source.image, options.channel), read_volume(source.label)
-    check_same_grid(image, label, (source.image, source.label))
-    voxels, rounded = stored_image(image.voxels, source.image)
-    attributes = {
-        "affine": image.affine.tolist(),
-        "spacing": image.spacing,
-        "window": resolve_window(options.window, voxels, source.image),
-        "source": {"image": image.source, "label": label.source, **hashes},
-    }
-    labels = stored_label(label.voxels, options.labels, options.other, source.label)
+    voxels, labels, attributes, notes = convert(source, options)
+    attributes["source"] |= hashes
     write_case(options.store, source.case, voxels, labels, attributes)
-    return "; ".join(filter(None, (*image.notes, rounded)))
+    return notes
+
+
+def convert(source: Source, options: Options) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any], str]:
+    """A case as it is stored: image (Z, H, W), label (Z, H, W) if it has one, attributes, and notes on it.
+
+    Raises `UserError` if it can't be stored.
+    """
+    image, labels = read_header(source.image, options.channel, options.spacing), None
+    sources = {"image": image.source}
+    if source.label:
+        label = read_header(source.label, spacing=options.spacing)
+        check_same_grid(image, label)
+        labels, _ = read_voxels(label, stored_label(options.labels, options.other))
+        sources["label"] = label.source
+    voxels, rounded = read_voxels(image, stored_image)
+    plane, size = voxels.shape[1:], options.size or voxels.shape[1:]
+    voxels = resized(voxels, size, nearest=False)
+    labels = labels if labels is None else resized(labels, size, nearest=True)
+    affine = resized_affine(image.stored_affine, plane, size)
+    attributes = {
+        "affine": affine.tolist(),
+        "spacing": np.linalg.norm(affine[:3, :3], axis=0).tolist(),
+        "window": resolve_window(options.window, voxels, source.image),
+        "source": sources,
+    }
+    resampled = "" if plane == size else f"resampled from {plane[0]}×{plane[1]} to {size[0]}×{size[1]}"
+    return voxels, labels, attributes, "; ".join(filter(None, (*image.notes, rounded, resampled)))
 
 
 def resolve_window(window: dict[str, Any], voxels: np.ndarray, path: Path) -> tuple[float, float]:

@@ -14,9 +14,22 @@ from data_tools.errors import UserError
 from data_tools.layouts import Source
 from data_tools.prepare import Options, prepare_case
 from data_tools.store import AXES, create_store, open_store
-from data_tools.volumes import read_volume, stored_image, stored_label, to_source_grid
+from data_tools.volumes import read_header, read_voxels, stored_image, stored_label, to_source_grid
 
 HERE = Path("there.nii.gz")
+
+
+def read_volume(path: Path, channel: int | None = None) -> np.ndarray:
+    """The voxels of a file, as stored."""
+    return read_voxels(read_header(path, channel), stored_image)[0]
+
+
+def as_image(voxels: np.ndarray) -> tuple[np.ndarray, str]:
+    return stored_image(np.split(voxels, len(voxels)), len(voxels), HERE)
+
+
+def as_label(voxels: np.ndarray, mapping, other: bool) -> list[int]:
+    return stored_label(mapping, other)([voxels], len(voxels), HERE)[0].tolist()
 
 
 def prepared(folder: Path, image: Path, label: Path, labels=None):
@@ -87,8 +100,7 @@ def test_a_damaged_header_is_a_volume_or_an_error(changes, zipped):
             message = str(error)
         else:
             message = str(path)
-            assert volume.voxels.ndim == 3
-            assert np.isfinite(volume.affine).all()
+            assert volume.ndim == 3
         assert str(path) in message
         assert "\n" not in message
 
@@ -120,19 +132,19 @@ def test_nifti_2_and_big_endian(tmp_path):
             nibabel.save(kind(voxels, AFFINE, header), tmp_path / "a.nii.gz")
             nibabel.save(kind(voxels, AFFINE, header), tmp_path / "a.nii")
             for name in ("a.nii.gz", "a.nii"):
-                assert sorted(read_volume(tmp_path / name).voxels.ravel()) == list(range(24))
+                assert sorted(read_volume(tmp_path / name).ravel()) == list(range(24))
 
 
 def test_frames_and_channels(tmp_path):
     voxels = np.arange(48, dtype=np.int16).reshape(2, 3, 4, 2)
     one = read_volume(save(tmp_path / "one.nii", voxels[..., :1]))
-    assert one.voxels.shape == (4, 3, 2)
+    assert one.shape == (4, 3, 2)
     several = save(tmp_path / "several.nii", voxels)
     with pytest.raises(UserError, match=r"several.nii: has 2 channels; pick one with --channel 0 … 1"):
         read_volume(several)
     with pytest.raises(UserError, match=r"several.nii: has 2 channels, so there is no --channel 2"):
         read_volume(several, 2)
-    assert set(read_volume(several, 1).voxels.ravel()) == set(range(1, 48, 2))
+    assert set(read_volume(several, 1).ravel()) == set(range(1, 48, 2))
     for shape in ((4, 4), (2, 2, 2, 2, 2), (2, 0, 2)):
         with pytest.raises(UserError, match=r"odd.nii.* (is no volume of three axes|damaged)"):
             read_volume(save(tmp_path / "odd.nii", np.zeros(shape, np.int16)))
@@ -146,18 +158,69 @@ def test_voxels_that_are_no_numbers(tmp_path):
 
 def test_notes_on_where_a_volume_lies(tmp_path):
     voxels = np.zeros((3, 4, 5), np.int16)
-    assert read_volume(save(tmp_path / "a.nii", voxels)).notes == ()
+    assert read_header(save(tmp_path / "a.nii", voxels)).notes == ()
     turn = np.eye(4)
     turn[:3, :3] = Rotation.from_euler("x", 14, degrees=True).as_matrix()
-    (note,) = read_volume(save(tmp_path / "a.nii", voxels, turn @ AFFINE)).notes
+    (note,) = read_header(save(tmp_path / "a.nii", voxels, turn @ AFFINE)).notes
     assert "oblique by 14°" in note
-    (note,) = read_volume(save(tmp_path / "a.nii", voxels, None)).notes
-    assert "no orientation" in note
+    orientation, spacing = read_header(save(tmp_path / "a.nii", voxels, None)).notes
+    assert "no orientation" in orientation
+    assert "no spacing" in spacing
+
+
+def header_with(path, sform=False, qform=False, affine=AFFINE, steps=(1, 1, 1)):
+    """A file whose header says no more than this."""
+    image = nibabel.Nifti1Image(np.arange(60, dtype=np.int16).reshape(3, 4, 5), affine)
+    image.set_sform(affine, code=int(sform))
+    image.set_qform(affine, code=int(qform))
+    content = bytearray(image.to_bytes())
+    content[80:92] = np.array(steps, "<f4").tobytes()
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    "lacking",
+    [
+        {},
+        {"sform": True, "affine": np.eye(4)},
+        {"qform": True, "affine": np.eye(4)},
+        {"sform": True, "affine": np.diag([-1, -1, 1, 1])},
+    ],
+)
+def test_spacing_that_the_header_lacks(tmp_path, lacking):
+    """As LiTS volumes 28 to 47: an identity affine and 1 mm."""
+    path = header_with(tmp_path / "a.nii", **lacking)
+    plain, given = read_header(path), read_header(path, spacing=(0.7, 0.8, 2.5))
+    assert any("give --spacing" in note for note in plain.notes)
+    assert any("0.7,0.8,2.5 mm is taken" in note for note in given.notes)
+    assert np.linalg.norm(plain.affine[:3, :3], axis=0).tolist() == [1, 1, 1]
+    np.testing.assert_allclose(np.linalg.norm(given.affine[:3, :3], axis=0), (0.7, 0.8, 2.5))
+    assert (np.sign(given.affine[:3, :3]) == np.sign(plain.affine[:3, :3])).all()
+
+
+@pytest.mark.parametrize("known", [{"sform": True}, {"qform": True, "steps": (0.8, 0.7, 2.5)}, {"steps": (2, 3, 4)}])
+def test_spacing_that_the_header_has_stays(tmp_path, known):
+    path = header_with(tmp_path / "a.nii", **known)
+    np.testing.assert_array_equal(read_header(path, spacing=(9, 9, 9)).affine, read_header(path).affine)
+    assert not any("spacing" in note for note in read_header(path).notes)
+
+
+@pytest.mark.parametrize("steps", [(1, 1, -2), (0, 1, 1), (np.nan, 1, 1), (np.inf, 1, 1)])
+@pytest.mark.parametrize("qform", [False, True])
+def test_spacing_that_is_none(tmp_path, steps, qform):
+    path = header_with(tmp_path / "a.nii", qform=qform, steps=steps)
+    with pytest.raises(UserError, match=r"a\.nii: (a spacing of|the affine) .* give --spacing"):
+        read_header(path)
+    affine = read_header(path, spacing=(1, 2, 3)).affine
+    np.testing.assert_allclose(np.linalg.norm(affine[:3, :3], axis=0), (1, 2, 3))
+    path = header_with(tmp_path / "a.nii", sform=True, steps=steps)
+    np.testing.assert_array_equal(read_header(path).affine, AFFINE.astype(np.float32))
 
 
 def test_whole_numbers_are_int16():
     for voxels in (np.array([-32768, 32767]), np.array([-1024.0, 3071.0]), np.array([True, False])):
-        stored, note = stored_image(voxels, HERE)
+        stored, note = as_image(voxels)
         assert stored.dtype == np.int16
         assert not note
         assert stored.tolist() == voxels.tolist()
@@ -165,12 +228,12 @@ def test_whole_numbers_are_int16():
 
 def test_other_numbers_are_float32_and_roundings_are_told():
     for exact in (np.array([0.5, 2.0]), np.array([0, 32768]), np.array([1.7e6])):
-        stored, note = stored_image(exact, HERE)
+        stored, note = as_image(exact)
         assert stored.dtype == np.float32
         assert not note
         assert stored.tolist() == exact.tolist()
     for voxels, error in ((np.array([1.0, 0.1]), 1.5e-8), (np.array([2**24 + 1]), 6e-8)):
-        stored, note = stored_image(voxels, HERE)
+        stored, note = as_image(voxels)
         assert stored.dtype == np.float32
         assert "relative error" in note
         assert float(note.split()[-1]) == pytest.approx(error, rel=0.5)
@@ -186,16 +249,16 @@ def test_other_numbers_are_float32_and_roundings_are_told():
 )
 def test_images_that_are_refused(voxels, message):
     with pytest.raises(UserError, match=f"there.nii.gz: .*{message}"):
-        stored_image(np.array(voxels), HERE)
+        as_image(np.array(voxels))
 
 
 def test_labels():
     mapping = {"organ": [1, 3], "tumour": [2]}
     for dtype in (np.uint8, np.int16, np.float64):
-        assert stored_label(np.array([0, 1, 2, 3], dtype), mapping, False, HERE).tolist() == [0, 1, 2, 1]
-        assert stored_label(np.array([0, 9, 2, 3], dtype), mapping, True, HERE).tolist() == [0, 0, 2, 1]
+        assert as_label(np.array([0, 1, 2, 3], dtype), mapping, False) == [0, 1, 2, 1]
+        assert as_label(np.array([0, 9, 2, 3], dtype), mapping, True) == [0, 0, 2, 1]
     with pytest.raises(UserError, match=r"there.nii.gz: label 7, 9 is not declared; add it to --labels"):
-        stored_label(np.array([0, 7, 9, 2]), mapping, False, HERE)
+        as_label(np.array([0, 7, 9, 2]), mapping, False)
     for odd in (0.5, np.nan, np.inf):
         with pytest.raises(UserError, match=f"whole numbers, and it holds {odd}"):
-            stored_label(np.array([0, odd]), mapping, True, HERE)
+            as_label(np.array([0, odd]), mapping, True)
