@@ -26,7 +26,12 @@ def finished(read: ts.Future, what: str) -> np.ndarray:
     try:
         return read.result()
     except (ValueError, OSError) as error:
-        raise UserError(f"{what} is damaged ({first_line(error)}); prepare the case again") from None
+        raise damaged(what, error) from None
+
+
+def damaged(what: str, error: Exception) -> UserError:
+    """An error for voxels that are not as they were written."""
+    return UserError(f"{what} is damaged ({first_line(error)}); prepare the case again")
 
 
 def first_line(error: Exception) -> str:

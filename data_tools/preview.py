@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from .location import finished, open_array
 from .report import progress
 from .split import PARTS
-from .store import SHARD_SLICES, TASKS, Case, Store
+from .store import LABELS, SHARD_SLICES, TASKS, Case, Store
 
 COLOURS = {"organ": "#35c2b0", "tumour": "#ff6a4d"}
 SHEET = "sheets/{}.png"
@@ -37,7 +37,8 @@ def chosen_slices(case: Case, count: int) -> list[int]:
     """`count` slices in order: those with most tumour, then those with most organ, apart from one another where the
     case is long enough, then others evenly."""
     total = case.shape[0]
-    organ, tumour = (case.label_counts[:, TASKS[task]].sum(axis=1) for task in ("organ", "tumour"))
+    counts = case.label_counts if case.labelled else np.zeros((total, len(LABELS)), int)
+    organ, tumour = (counts[:, TASKS[task]].sum(axis=1) for task in ("organ", "tumour"))
     ranked = [int(z) for z in np.lexsort((-organ, -tumour)) if organ[z]]
     ranked += [int(z) for z in np.linspace(0, total - 1, count).round()]
     extent = max(np.ptp(np.flatnonzero(organ)) if organ.any() else 0, 1)
@@ -52,8 +53,8 @@ def chosen_slices(case: Case, count: int) -> list[int]:
 def draw_sheet(store: Store, case: Case, path: Path, count: int) -> None:
     """A coronal section and the chosen slices in the case's window, with outlines of organ and tumour, as a PNG."""
     folder, what = store.path / "cases" / case.name, f"{store.path}: case {case.name}"
-    images, labels = open_array(folder / "image"), open_array(folder / "label")
-    row, box = middle_of_labels(case, labels, what)
+    arrays = [open_array(folder / kind) for kind in (("image", "label") if case.labelled else ("image",))]
+    row, box = middle_of_labels(case, arrays[-1], what) if case.labelled else (case.shape[1] // 2, (slice(None),) * 2)
     chosen = chosen_slices(case, count)
     lines, columns = (2, -(-len(chosen) // 2)) if len(chosen) > 3 else (1, len(chosen))
 
@@ -61,8 +62,8 @@ def draw_sheet(store: Store, case: Case, path: Path, count: int) -> None:
     left, right = figure.subfigures(1, 2, width_ratios=(2.5, 2.3 * columns))
     figure.suptitle(sheet_title(case), color="white", fontsize=9)
     axis = left.subplots()
-    coronal = [finished(array[:, row, :].read(), what) for array in (images, labels)]
-    draw(axis, case, *coronal, f"coronal section, row {row}", (case.spacing[0], case.spacing[2]), edges=("S", "R"))
+    coronal = [finished(array[:, row, :].read(), what) for array in arrays]
+    draw(axis, case, coronal, f"coronal section, row {row}", (case.spacing[0], case.spacing[2]), edges=("S", "R"))
     for z in chosen:
         for end in ((0, 0.06), (0.94, 1)):
             axis.axhline(z, *end, color="#ffd166", linewidth=0.8)
@@ -70,9 +71,9 @@ def draw_sheet(store: Store, case: Case, path: Path, count: int) -> None:
     for axis in axes:
         axis.set_axis_off()
     for axis, z in zip(axes, chosen, strict=False):
-        image, label = (finished(array[z, *box].read(), f"{what} slice {z}") for array in (images, labels))
+        section = [finished(array[z, *box].read(), f"{what} slice {z}") for array in arrays]
         edges = ("A", "R") if z == chosen[0] else ()
-        draw(axis, case, image, label, slice_title(case, z), case.spacing[1:], edges)
+        draw(axis, case, section, slice_title(case, z), case.spacing[1:], edges)
     write_whole(path, lambda file: figure.savefig(file, dpi=110, format="png"))
 
 
@@ -100,18 +101,19 @@ def middle_of_labels(case: Case, labels: Any, what: str) -> tuple[int, tuple[sli
 def draw(
     axis,
     case: Case,
-    image: np.ndarray,
-    label: np.ndarray,
+    section: Sequence[np.ndarray],
     title: str,
     spacing: tuple[float, float],
     edges: Sequence[str] = (),
 ) -> None:
-    """A section (rows, columns) with outlines of its labels; `edges` names what lies at its top and its left."""
+    """An image (rows, columns), with outlines of its labels, if it has any; `edges`: what lies at its top and left."""
+    image, *labels = section
     low, high = case.window
     axis.imshow(image, cmap="gray", vmin=low, vmax=high, aspect=spacing[0] / spacing[1], interpolation="antialiased")
-    for region, colour in zip((label > 0, label == 2), COLOURS.values(), strict=True):
-        if region.any() and not region.all():
-            axis.contour(region, [0.5], colors=colour, linewidths=0.9)
+    for label in labels:
+        for region, colour in zip((label > 0, label == 2), COLOURS.values(), strict=True):
+            if region.any() and not region.all():
+                axis.contour(region, [0.5], colors=colour, linewidths=0.9)
     for text, place in zip(edges, ((0.5, 0.98), (-0.01, 0.5)), strict=False):
         alignment = {"ha": "center", "va": "top"} if text in "SA" else {"ha": "right", "va": "center"}
         axis.text(*place, text, transform=axis.transAxes, color="#ffd166", fontsize=8, **alignment)
@@ -121,6 +123,8 @@ def draw(
 
 def slice_title(case: Case, z: int) -> str:
     """A slice and the areas of its labels."""
+    if not case.labelled:
+        return f"slice {z}"
     square = case.spacing[1] * case.spacing[2] / 100
     areas = {task: case.label_counts[z, values].sum() * square for task, values in TASKS.items()}
     parts = ", ".join(f"{name} {area:.3g}" for name, area in areas.items() if area)
@@ -131,7 +135,7 @@ def sheet_title(case: Case) -> str:
     """What a case is, on one line."""
     size = "×".join(map(str, case.shape))
     spacing = " × ".join(f"{s:.3g}" for s in case.spacing)
-    volumes = ", ".join(f"{task} {case.volume_ml(task):,.1f} ml" for task in TASKS)
+    volumes = ", ".join(f"{task} {case.volume_ml(task):,.1f} ml" for task in TASKS) if case.labelled else "no labels"
     return (
         f"{case.name}    {size} voxels of {spacing} mm    window {case.window[0]:.4g}…{case.window[1]:.4g}    {volumes}"
     )
@@ -166,8 +170,8 @@ def card(case: Case, parts: Sequence[str]) -> str:
     volumes = {task: case.volume_ml(task) for task in TASKS}
     values = {"slices": case.shape[0], "thickness": case.spacing[0], **volumes}
     data = " ".join(f'data-{key}="{value:g}"' for key, value in values.items())
-    text = f"{case.name} {' '.join(parts)}{'' if volumes['organ'] else ' no organ'}"
-    text += "" if volumes["tumour"] else " no tumour"
+    missing = [f"no {task}" for task in TASKS if not volumes[task]] if case.labelled else ["no labels"]
+    text = " ".join([case.name, *parts, *missing])
     name = html.escape(case.name, quote=True)
     tags = "".join(f"<span>{html.escape(part)}</span>" for part in parts)
     return (

@@ -21,15 +21,15 @@ def split_by_shares(store: Store, shares: Mapping[str, float], seed: int) -> dic
     part that should have cases would get none.
     """
     total, shown = sum(shares.values()), ", ".join(f"{share:g}" for share in shares.values())
-    cases, sound = len(store.cases), all(share >= 0 for share in shares.values())
+    cases, sound = len(labelled(store)), all(share >= 0 for share in shares.values())
     if sound and abs(total - 1) < 1e-6:
         sizes = rounded([shares[part] * cases for part in PARTS])
     elif sound and total == cases and all(share == int(share) for share in shares.values()):
         sizes = [int(shares[part]) for part in PARTS]
     else:
         raise UserError(
-            f"the parts must be fractions that sum to 1, or numbers of cases that sum to the {cases} of the store, "
-            f"not {shown}"
+            "the parts must be fractions that sum to 1, or numbers of cases that sum to the "
+            f"{cases} with labels in the store, not {shown}"
         )
     for part, size in zip(PARTS, sizes, strict=True):
         if shares[part] and not size:
@@ -47,12 +47,13 @@ def split_by_folds(store: Store, folds: int, seed: int) -> list[dict[str, Any]]:
     So each case is tested once, by a network whose epoch was chosen on other cases. Every fold has about the same
     share of cases with tumour. Raises `UserError` for fewer than 3 folds, or fewer cases than folds.
     """
-    if not 3 <= folds <= len(store.cases):
+    cases = len(labelled(store))
+    if not 3 <= folds <= cases:
         raise UserError(
             f"--folds {folds}: one fold is for test, one for val and the others for train, so that it takes 3 folds "
-            f"or more, and no more than the {len(store.cases)} cases of {store.path}"
+            f"or more, and no more than the {cases} cases with labels in {store.path}"
         )
-    groups = deal(store, rounded([len(store.cases) / folds] * folds), seed)
+    groups = deal(store, rounded([cases / folds] * folds), seed)
     records = []
     for k in range(folds):
         test, val, *train = groups[k:] + groups[:k]
@@ -79,6 +80,8 @@ def splits_by_lists(store: Store, file: Path) -> list[dict[str, Any]]:
         names = Counter(name for part in PARTS for name in split.get(part, []))
         if unknown := [name for name in names if name not in store.cases]:
             raise UserError(f"{file}: {unknown_name('case', unknown[0], store.cases)} ({store.path})")
+        if bare := [name for name in names if not store.cases[name].labelled]:
+            raise UserError(f"{file}: case '{bare[0]}' has no labels, so that it can be in no part; take it out")
         if twice := [name for name, count in names.items() if count > 1]:
             raise UserError(f"{file}: case '{twice[0]}' is named twice; a case belongs to one part")
         parts = {part: sorted(split.get(part, [])) for part in PARTS}
@@ -96,6 +99,11 @@ def is_split(found: Any) -> bool:
     )
 
 
+def labelled(store: Store) -> list[str]:
+    """The cases that can be in a part: those with labels."""
+    return [name for name, case in store.cases.items() if case.labelled]
+
+
 def rounded(sizes: Sequence[float]) -> list[int]:
     """Sizes as whole numbers of the same sum, each less than 1 off (largest remainder)."""
     whole = np.floor(np.asarray(sizes) + 1e-6).astype(int)
@@ -105,12 +113,12 @@ def rounded(sizes: Sequence[float]) -> list[int]:
 
 
 def deal(store: Store, sizes: Sequence[int], seed: int) -> list[list[str]]:
-    """All cases to groups of these sizes at random, with about the same share of cases with tumour in each."""
+    """All cases with labels to groups of these sizes at random, with about the same share of tumours in each."""
     random = np.random.default_rng(seed)
     groups: list[list[str]] = [[] for _ in sizes]
     by_tumour: tuple[list[str], list[str]] = ([], [])
-    for name, case in store.cases.items():
-        by_tumour[bool(len(case.task_slices("tumour")))].append(name)
+    for name in labelled(store):
+        by_tumour[bool(len(store.cases[name].task_slices("tumour")))].append(name)
     # First those without tumour, then those with, each case to the group that lacks most: that keeps the shares.
     order = [name for names in by_tumour for name in random.permutation(names).tolist()]
     for seen, name in enumerate(order, start=1):

@@ -55,7 +55,7 @@ def stats(store: Store, figure: Path) -> None:
 
 
 def count_intensities(store: Store) -> Intensities:
-    """Histograms of up to `SLICES_PER_CASE` slices of each case."""
+    """Histograms of up to `SLICES_PER_CASE` slices of each case with labels."""
     own = store.attributes["window"]["kind"] != "fixed"
     low, high = (0.0, 1.0) if own else next(iter(store.cases.values())).window
     width = high - low
@@ -63,6 +63,8 @@ def count_intensities(store: Store) -> Intensities:
     counts, sums = np.zeros((len(LABELS), BINS), np.int64), np.zeros((len(LABELS), 2))
     with progress(len(store.cases), "stats") as bar:
         for case in bar.track(store.cases.values(), task_id=bar.task_ids[0]):
+            if not case.labelled:
+                continue
             folder, what = store.path / "cases" / case.name, f"{store.path}: case {case.name}"
             images, labels = open_array(folder / "image"), open_array(folder / "label")
             for z in np.unique(np.linspace(0, case.shape[0] - 1, SLICES_PER_CASE).round().astype(int)):

@@ -8,7 +8,7 @@
     STORE/splits/<name>/        group; attributes: train, val, test (case names), seed and how it was made
 
 Slices are axial. The axes run to (inferior, posterior, left), which is the way KiTS19 is stored. One chunk is one
-slice and one shard is up to 64 slices, compressed with lz4 after a bit shuffle, with a crc32c over every chunk.
+slice and one shard is up to 64 slices, compressed with lz4 (see `shuffle_of`), with a crc32c over every chunk.
 Empty chunks are written, so that a chunk that is not there is always damage. `checksum` among a group's attributes is
 a hash of its metadata and, in a case, of its arrays' metadata, so that no byte of a store can change unseen.
 """
@@ -182,7 +182,7 @@ def _write_array(group: zarr.Group, key: str, voxels: np.ndarray) -> None:
         chunks=(1, *voxels.shape[1:]),
         shards=(min(SHARD_SLICES, len(voxels)), *voxels.shape[1:]),
         compressors=[
-            BloscCodec(typesize=voxels.dtype.itemsize, cname="lz4", clevel=5, shuffle="bitshuffle"),
+            BloscCodec(typesize=voxels.dtype.itemsize, cname="lz4", clevel=5, shuffle=shuffle_of(voxels)),
             Crc32cCodec(),
         ],
         config={"write_empty_chunks": True},
@@ -190,6 +190,17 @@ def _write_array(group: zarr.Group, key: str, voxels: np.ndarray) -> None:
     )
     for start in range(0, len(voxels), SHARD_SLICES):
         array[start : start + SHARD_SLICES] = np.ascontiguousarray(voxels[start : start + SHARD_SLICES])
+
+
+def shuffle_of(voxels: np.ndarray) -> str:
+    """How slices (Z, H, W) are shuffled before lz4.
+
+    A CT's bits take a tenth less than its bytes. Only multiples of eight voxels can be shuffled by bits; and labels
+    become no smaller by any shuffle, and decode ten times as fast without.
+    """
+    if voxels.dtype.itemsize == 1:
+        return "noshuffle"
+    return "bitshuffle" if voxels[0].size % 8 == 0 else "shuffle"
 
 
 def _write_sealed(group: zarr.Group, folder: Path, attributes: Mapping[str, Any]) -> None:

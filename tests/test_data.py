@@ -53,8 +53,20 @@ def test_crop_puts_every_pixel_where_it_was(plane, size, shift):
             assert crop[row, column] == expected
 
 
+def turned(image, orientation):
+    """What an orientation is: flipped left to right if it is 4 or more, then quarter turns."""
+    return np.rot90(image[:, ::-1] if orientation >= 4 else image, orientation % 4)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.uint8, np.float32])
+def test_orientations_are_flips_and_quarter_turns(dtype):
+    image = np.arange(1, 200, dtype=dtype)[:165].reshape(11, 15)[2:, 1:14]  # a view, as crops are
+    for k in range(ORIENTATIONS):
+        np.testing.assert_array_equal(orient(image, k), turned(image, k))
+
+
 def test_the_eight_orientations_differ_and_keep_the_pixels():
-    image = np.arange(16).reshape(4, 4)
+    image = np.arange(16, dtype=np.int16).reshape(4, 4)
     views = [orient(image, k) for k in range(ORIENTATIONS)]
     assert len({view.tobytes() for view in views}) == ORIENTATIONS
     assert all(np.array_equal(np.sort(view, axis=None), np.arange(16)) for view in views)
@@ -72,9 +84,9 @@ def test_batches_hold_windowed_slices_and_their_masks(table):
         inside, placed = crop.overlap(group["image"].shape[1:])
         image, label = np.full((32, 32), -200.0), np.zeros((32, 32))
         image[placed], label[placed] = group["image"][z][inside], group["label"][z][inside]
-        image = orient(np.clip((image + 200) / 500, 0, 1) * 2 - 1, key % ORIENTATIONS)
+        image = turned(np.clip((image + 200) / 500, 0, 1) * 2 - 1, key % ORIENTATIONS)
         np.testing.assert_allclose(batch.image[n, 0], image, atol=1e-6)
-        np.testing.assert_array_equal(batch.mask[n, 1], orient(label == 2, key % ORIENTATIONS))
+        np.testing.assert_array_equal(batch.mask[n, 1], turned(label == 2, key % ORIENTATIONS))
         np.testing.assert_array_equal(batch.mask[n].sum(dim=0), 1)
 
 

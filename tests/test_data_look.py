@@ -65,8 +65,10 @@ def test_sheets_outline_what_there_is(tmp_path):
     write_case(path, "organ", image, label, facts)
     label[2, 15:20, 15:20] = 2
     write_case(path, "tumour", image, label, facts)
+    write_case(path, "unlabelled", image, None, facts)
     assert main(["preview", str(path), "--out", str(tmp_path)]) == 0
-    for name, shown in (("none", set()), ("organ", {"organ"}), ("tumour", {"organ", "tumour"})):
+    assert main(["stats", str(path), "--out", str(tmp_path / "stats.png")]) == 0
+    for name, shown in (("unlabelled", set()), ("none", set()), ("organ", {"organ"}), ("tumour", {"organ", "tumour"})):
         picture = imread(tmp_path / "sheets" / f"{name}.png")
         assert {task for task, colour in COLOURS.items() if pixels_near(picture, colour) > 50} == shown
 
@@ -76,7 +78,7 @@ def test_slices_with_most_tumour_are_chosen(count):
     counts = np.zeros((100, 3), int)
     counts[20:80, 1] = 50
     counts[40:50, 2] = np.arange(10) + 1
-    case = SimpleNamespace(shape=(100, 8, 8), label_counts=counts)
+    case = SimpleNamespace(shape=(100, 8, 8), label_counts=counts, labelled=True)
     chosen = chosen_slices(case, count)
     assert chosen == sorted(set(chosen))
     assert len(chosen) == count
@@ -85,7 +87,8 @@ def test_slices_with_most_tumour_are_chosen(count):
     assert min(np.diff(chosen), default=9) >= 5
     counts[:, 1:] = 0
     assert chosen_slices(case, 3) == [0, 50, 99]
-    assert chosen_slices(SimpleNamespace(shape=(2, 8, 8), label_counts=counts[:2]), 10) == [0, 1]
+    assert chosen_slices(SimpleNamespace(shape=(2, 8, 8), label_counts=counts[:2], labelled=True), 10) == [0, 1]
+    assert chosen_slices(SimpleNamespace(shape=(9, 8, 8), label_counts=counts[:0], labelled=False), 3) == [0, 4, 8]
 
 
 def test_damage_is_one_line_with_the_case(tiny_store, tmp_path, capsys):

@@ -17,7 +17,7 @@ def a_store(with_tumour: int, without: int):
     """Cases with the ones that have a tumour first."""
     cases = {}
     for k in range(with_tumour + without):
-        cases[f"c{k:03}"] = SimpleNamespace(task_slices=lambda _, has=k < with_tumour: np.arange(has))
+        cases[f"c{k:03}"] = SimpleNamespace(labelled=True, task_slices=lambda _, has=k < with_tumour: np.arange(has))
     return SimpleNamespace(path="s.zarr", cases=cases)
 
 
@@ -69,7 +69,7 @@ def test_numbers_of_cases_are_kept_exactly(cases, sizes):
 def test_each_case_is_tested_in_one_fold(with_tumour, without, folds, seed):
     store = a_store(with_tumour, without)
     if len(store.cases) < folds:
-        with pytest.raises(UserError, match=f"no more than the {len(store.cases)} cases"):
+        with pytest.raises(UserError, match=f"no more than the {len(store.cases)} cases with labels"):
             split_by_folds(store, folds, seed)
         return
     splits = split_by_folds(store, folds, seed)
@@ -81,6 +81,17 @@ def test_each_case_is_tested_in_one_fold(with_tumour, without, folds, seed):
         tumours = sum(len(store.cases[name].task_slices("tumour")) for name in split["test"])
         assert abs(tumours - with_tumour / folds) <= 1.5
     assert splits == split_by_folds(store, folds, seed)
+
+
+def test_cases_without_labels_are_in_no_part(tmp_path):
+    store = a_store(6, 6)
+    for name in ("c001", "c010"):
+        store.cases[name].labelled = False
+    (tmp_path / "lists.json").write_text('{"train": ["c000"], "val": ["c010"]}')
+    for split in (split_by_shares(store, fractions(6, 2, 2), 0), split_by_folds(store, 3, 0)[0]):
+        assert sorted(name for part in PARTS for name in split[part]) == sorted(store.cases.keys() - {"c001", "c010"})
+    with pytest.raises(UserError, match="case 'c010' has no labels"):
+        splits_by_lists(store, tmp_path / "lists.json")
 
 
 def test_fixed_lists(tmp_path):

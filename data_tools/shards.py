@@ -1,0 +1,127 @@
+"""Single slices out of a store's files, with no more work than to read and to decode them.
+
+A training loader reads one slice here and one there. TensorStore reads a shard's index anew for each, and passes the
+slice on through several fresh buffers. Here the index is kept, and a slice goes from the file into two buffers that are
+used again and again. What is not laid out as `store.write_case` does it, or not in a local folder, goes through
+TensorStore.
+"""
+
+import os
+from collections.abc import Callable
+from io import FileIO
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import tensorstore as ts
+from numcodecs import blosc
+
+from .location import damaged, finished, open_array
+
+CHECKSUM = 4
+"""Bytes of the crc32c that ends a chunk, and the index."""
+MISSING = 2**64 - 1
+"""Where a chunk begins that was not written."""
+
+# A loader has a process for each core.
+blosc.use_threads = False
+
+
+class SliceReader:
+    """Reads single slices of one array (Z, H, W) of a store.
+
+    `buffers` is a dict that readers share: what one of them returns is good until another slice is taken.
+    Raises `UserError` if there is no such array.
+    """
+
+    def __init__(self, path: Path, buffers: dict[str, np.ndarray]):
+        self.array, self._folder, self._buffers = open_array(path), str(path), buffers
+        self._per_shard = slices_per_shard(self.array)
+        self.direct = self._per_shard > 0
+        self._indices: dict[int, np.ndarray] = {}
+
+    def start(self, z: int, what: str) -> Callable[[], np.ndarray]:
+        """Have slice `z` fetched. Returns a function that gives its voxels (H, W).
+
+        Both raise `UserError` naming `what` if the slice is damaged or missing.
+        """
+        if not self.direct:
+            read = self.array[z].read()
+            return lambda: finished(read, what)
+        shard, place = divmod(z, self._per_shard)
+        try:
+            file = FileIO(f"{self._folder}/c/{shard}/0/0")
+            if shard not in self._indices:
+                self._indices[shard] = read_index(file, self._per_shard)
+            begin, length = map(int, self._indices[shard][place])
+            if begin == MISSING:
+                raise ValueError("it is missing")
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), begin, length, os.POSIX_FADV_WILLNEED)
+        except (OSError, ValueError) as error:
+            raise damaged(what, error) from None
+        return lambda: self._decoded(file, begin, length, what)
+
+    def _decoded(self, file: FileIO, begin: int, length: int, what: str) -> np.ndarray:
+        shape, dtype = self.array.shape[1:], self.array.dtype.numpy_dtype
+        voxels = self._buffer("voxels", int(np.prod(shape)) * dtype.itemsize).view(dtype).reshape(shape)
+        try:
+            with file:
+                blosc.decompress(checked(file, begin, self._buffer("packed", length)), voxels)
+        # RuntimeError is what numcodecs raises for bytes that can't be unpacked.
+        except (OSError, ValueError, RuntimeError) as error:
+            raise damaged(what, error) from None
+        return voxels
+
+    def _buffer(self, role: str, size: int) -> np.ndarray:
+        if role not in self._buffers or len(self._buffers[role]) < size:
+            self._buffers[role] = np.empty(size, np.uint8)
+        return self._buffers[role][:size]
+
+
+def slices_per_shard(array: ts.TensorStore) -> int:
+    """How many slices a shard has, if this module can read the array, else 0."""
+    spec = array.spec().to_json()
+    metadata = spec["metadata"]
+    shard, codecs = metadata["chunk_grid"]["configuration"]["chunk_shape"], metadata["codecs"]
+    if spec["kvstore"]["driver"] != "file" or [codec["name"] for codec in codecs] != ["sharding_indexed"]:
+        return 0
+    sharding = codecs[0]["configuration"]
+    as_written = (
+        list(array.shape[1:]) == shard[1:] == sharding["chunk_shape"][1:]
+        and sharding["chunk_shape"][0] == 1
+        and names(sharding["codecs"]) == ["bytes", "blosc", "crc32c"]
+        and names(sharding["index_codecs"]) == ["bytes", "crc32c"]
+        and sharding.get("index_location", "end") == "end"
+        and metadata["chunk_key_encoding"]["name"] == "default"
+        and metadata["chunk_key_encoding"].get("configuration", {}).get("separator", "/") == "/"
+        and all(
+            c["configuration"].get("endian", "little") == "little" for c in sharding["codecs"] if "configuration" in c
+        )
+    )
+    return shard[0] if as_written else 0
+
+
+def names(codecs: list[dict]) -> list[str]:
+    """The codecs' names."""
+    return [codec["name"] for codec in codecs]
+
+
+def read_index(file: FileIO, slices: int) -> np.ndarray:
+    """(slices, 2) uint64: where each chunk of a shard begins, and how many bytes it has. Raises `ValueError`."""
+    size = slices * 16 + CHECKSUM
+    end = os.fstat(file.fileno()).st_size
+    return checked(file, max(0, end - size), np.empty(size, np.uint8)).view("<u8").reshape(slices, 2)
+
+
+def checked(file: FileIO, begin: int, buffer: np.ndarray) -> np.ndarray:
+    """As many bytes of a file as `buffer` has, without the checksum at their end.
+
+    Raises `ValueError` if that is wrong, or the file ends before.
+    """
+    if len(buffer) <= CHECKSUM or os.preadv(file.fileno(), [buffer], begin) != len(buffer):
+        raise ValueError("the file is too short")
+    content, checksum = buffer[:-CHECKSUM], buffer[-CHECKSUM:]
+    if google_crc32c.value(content.tobytes()) != int.from_bytes(checksum.tobytes(), "little"):
+        raise ValueError("its checksum is wrong")
+    return content
