@@ -8,7 +8,7 @@ import tensorstore as ts
 from .errors import UserError
 
 
-def open_array(path: Path) -> ts.TensorStore:
+def open_array(path: Path, context: ts.Context | None = None) -> ts.TensorStore:
     """An existing Zarr v3 array, unread. A chunk that is not there is an error, not zeros."""
     spec = {
         "driver": "zarr3",
@@ -16,7 +16,7 @@ def open_array(path: Path) -> ts.TensorStore:
         "fill_missing_data_reads": False,
     }
     try:
-        return ts.open(spec, open=True, read=True).result()
+        return ts.open(spec, open=True, read=True, context=context).result()
     except ValueError as error:
         raise UserError(f"{path}: can't be opened ({first_line(error)}); prepare this case again") from None
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 
 from spark_dist.distillers import DISTILLERS, build_distiller, distiller_settings
+from spark_dist.entries import entry_bytes
 from spark_dist.networks import build_network
-from spark_dist.teacher_cache import entry_bytes, probe_targets
+from spark_dist.teacher_cache import probe_targets
 
 CROP = (384, 384)
 

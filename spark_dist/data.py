@@ -8,9 +8,13 @@ uses the same keys.
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from queue import Full, Queue
+from threading import Event, Thread
 from typing import Any, NamedTuple
 
 import cv2
@@ -168,7 +172,7 @@ class SliceDataset(Dataset):
 
     def __getitems__(self, keys: Sequence[int]) -> dict[str, Any]:
         """`keys` (N,) → image (N, H, W) in the store's intensities, label (N, H, W) uint8, window (N, 2), keys (N,),
-        and the cached teacher targets (name → array, or None where any of them is missing)."""
+        and what the teacher cache has of them (`teacher_cache.Entries`)."""
         keys = np.asarray(keys, dtype=np.int64)
         facts, reads = [], []
         for row in keys // ORIENTATIONS:
@@ -188,7 +192,7 @@ class SliceDataset(Dataset):
             "label": torch.from_numpy(labels),
             "window": torch.tensor([fact.window for fact in facts], dtype=torch.float32),
             "keys": torch.from_numpy(keys),
-            "targets": cached() if cached is not None else None,
+            "entries": cached() if cached is not None else None,
         }
 
 
@@ -243,9 +247,9 @@ class EpochSampler:
         return share * self.world / size
 
 
-def training_loader(dataset: SliceDataset, sampler: EpochSampler, workers: int) -> DataLoader:
-    """Batches in the sampler's order. Workers are started fresh, never forked (see `VoxelReader`)."""
-    return DataLoader(
+def training_loader(dataset: SliceDataset, sampler: EpochSampler, workers: int) -> "Ahead":
+    """Batches in the sampler's order, read ahead. Workers are started fresh, never forked (see `VoxelReader`)."""
+    loader = DataLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=as_is,
@@ -254,6 +258,59 @@ def training_loader(dataset: SliceDataset, sampler: EpochSampler, workers: int) 
         multiprocessing_context="forkserver" if workers else None,
         pin_memory=torch.cuda.is_available(),
     )
+    return Ahead(loader)
+
+
+class Ahead:
+    """A loader whose next batches are read by a thread while the one before is computed on."""
+
+    def __init__(self, loader: DataLoader, depth: int = 2):
+        self.loader, self.depth = loader, depth
+        self.batch_sampler, self.dataset = loader.batch_sampler, loader.dataset
+        self.waited = 0.0
+        """Seconds for which a batch was waited for."""
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        # Before the thread starts: a loader draws its seed from the global random numbers.
+        batches = iter(self.loader)
+        queue: Queue = Queue(maxsize=self.depth)
+        left = Event()
+
+        def read() -> None:
+            try:
+                for batch in batches:
+                    if put((batch, None)):
+                        return
+                put((None, None))
+            except BaseException as error:
+                put((None, error))
+
+        def put(item: tuple) -> bool:
+            """Hand over a batch; whether nobody wants it any more."""
+            while not left.is_set():
+                with suppress(Full):
+                    queue.put(item, timeout=0.1)
+                    return False
+            return True
+
+        thread = Thread(target=read, daemon=True)
+        thread.start()
+        try:
+            while True:
+                start = time.perf_counter()
+                batch, error = queue.get()
+                self.waited += time.perf_counter() - start
+                if error is not None:
+                    raise error
+                if batch is None:
+                    return
+                yield batch
+        finally:
+            left.set()
+            thread.join()
 
 
 def as_is(batch: dict[str, Any]) -> dict[str, Any]:
@@ -273,18 +330,21 @@ class Batch(NamedTuple):
     keys: np.ndarray
     """(N,) int64."""
     targets: dict[str, Tensor] | None
-    """Cached teacher targets, or None if they must be computed."""
+    """Cached teacher targets as they are stored, or None if they must be computed."""
+    damaged: tuple[int, ...] = ()
+    """Keys of cached entries that could not be read."""
 
 
 def to_device(raw: dict[str, Any], task: str, device: torch.device) -> Batch:
     """Window and one-hot a batch on the training device: what travels there are integers."""
-    targets = raw["targets"]
+    targets, damaged = raw["entries"] or (None, ())
     return Batch(
         image=windowed(raw["image"].to(device, non_blocking=True), raw["window"].to(device, non_blocking=True)),
         mask=one_hot(raw["label"].to(device, non_blocking=True), task),
         index=raw["keys"].to(device, non_blocking=True) // ORIENTATIONS,
         keys=raw["keys"].numpy(),
-        targets=targets and {name: t.to(device, non_blocking=True).float() for name, t in targets.items()},
+        targets=targets and {name: t.to(device, non_blocking=True) for name, t in targets.items()},
+        damaged=damaged,
     )
 
 

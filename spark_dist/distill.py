@@ -15,11 +15,11 @@ from .config import DistillOptions
 from .data import ORIENTATIONS
 from .distillers import build_distiller
 from .distillers.base import Distiller
+from .entries import entry_bytes
 from .job import Job, check_network, describe, evaluate_on_test, open_job, stage_tags, tracked, train_stage
 from .teacher_cache import (
     TeacherCache,
     TeacherTargets,
-    entry_bytes,
     open_cache,
     probe_targets,
     weights_hash,
@@ -127,7 +127,7 @@ def matching_cache(job: Job, teacher: nn.Module, distiller: Distiller, facts: di
         "mixed_precision": job.accelerator.mixed_precision,
     }
     size = len(job.table) * ORIENTATIONS
-    cache = open_cache(o.cache_folder, description, size, list(shapes), o.cache_dtype)
+    cache = open_cache(o.cache_folder, description, size, shapes, o.cache_dtype)
     total = len(job.table) * min(len(o.orientation_choices), o.epochs)
     needed = total * entry_bytes(shapes, o.cache_dtype)
     free = shutil.disk_usage(cache.folder).free

@@ -71,3 +71,13 @@ def kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     log_p = F.log_softmax(student.float() / temperature, dim=1)
     q = F.softmax(teacher.float() / temperature, dim=1)
     return F.kl_div(log_p, q, reduction="none").sum(dim=1).mean() * temperature**2
+
+
+def margin(logits: Tensor) -> Tensor:
+    """By how much the target's logit exceeds the background's, (N, H, W): all that probabilities depend on."""
+    return logits[:, 1].float() - logits[:, 0].float()
+
+
+def logits_of(margin: Tensor) -> Tensor:
+    """Logits (N, 2, H, W) with a given `margin` (N, H, W)."""
+    return torch.stack([-margin / 2, margin / 2], dim=1)

@@ -8,7 +8,7 @@
 Entries are written in the order in which training meets them. A segment is written whole by one process, so that any
 number of processes and jobs can fill one cache at the same time. The folder's name is a hash of everything that the
 entries follow from, so a stale cache is never found. Every chunk has a crc32c; an entry that is missing or damaged is
-computed again.
+computed again, and of two segments that hold an entry the later counts.
 """
 
 import hashlib
@@ -16,59 +16,90 @@ import json
 import logging
 import os
 import shutil
+import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore as ts
 import torch
 from torch import Tensor, nn
 
-from data_tools.location import finished, first_line, open_array
+from data_tools.errors import UserError
+from data_tools.location import first_line, open_array
 
 from .checkpoint import write_text
-from .data import Batch
+from .data import ORIENTATIONS, Batch, orient
 from .distillers.base import Distiller
+from .entries import as_tensor, decode, encode, layout
 from .networks.base import NetworkOutput, Taps
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 SEGMENT_BYTES = 64 * 2**20
 """About how large a segment grows before it is written."""
+
+
+class Entries(NamedTuple):
+    """What was read for a batch."""
+
+    arrays: dict[str, Tensor] | None
+    """As stored (see `entries.decode`), (N, …) each, or None if any entry is missing or damaged."""
+    damaged: tuple[int, ...] = ()
+    """Keys of entries that are there and can't be read."""
 
 
 class TeacherCache:
     """The entries under one folder. Handles are opened where they are used, so that it can be sent to workers."""
 
-    def __init__(self, folder: Path, size: int, targets: Sequence[str], dtype: str):
-        """`size` is one more than the largest key; `targets` are the names of what an entry holds."""
+    def __init__(
+        self,
+        folder: Path,
+        size: int,
+        shapes: Mapping[str, Sequence[int]],
+        dtype: str,
+        canonical: bool = False,
+        memory: int = 0,
+    ):
+        """`size` is one more than the largest key; `shapes` are those of an entry's targets. `canonical` keeps one
+        entry for a slice, the upright one, and turns it as it is read, which is not exact. `memory` bytes of decoded
+        entries are kept by TensorStore."""
         self.folder = Path(folder)
         self.size = size
-        self.targets = tuple(targets)
-        self.dtype = np.dtype(dtype)
-        self.damaged = 0
-        self.full = False
+        self.shapes = dict(shapes)
+        self.dtype = dtype
+        self.canonical = canonical
+        self.memory = memory
         self._forget()
 
     def _forget(self) -> None:
+        self.full = False
         self._process = os.getpid()
+        self._context = ts.Context({"cache_pool": {"total_bytes_limit": self.memory}})
         self._names: list[str] = []
         self._arrays: dict[tuple[str, str], ts.TensorStore] = {}
         self._segment = np.full(self.size, -1, np.int32)
         self._row = np.zeros(self.size, np.int32)
         self._changed = -1
+        self._lock = threading.Lock()
+        self._waiting = np.zeros(self.size, bool)
         self._pending: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: getattr(self, name) for name in ("folder", "size", "targets", "dtype")}
-        return {**kept, "damaged": 0, "full": True}
+        return {key: value for key, value in self.__dict__.items() if key != "full" and not key.startswith("_")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
+
+    def stored(self, keys: np.ndarray) -> np.ndarray:
+        """The keys of the entries that hold what samples with these keys need."""
+        return keys // ORIENTATIONS * ORIENTATIONS if self.canonical else keys
 
     def __contains__(self, key: int) -> bool:
         return bool(self._segment[key] >= 0)
@@ -76,65 +107,79 @@ class TeacherCache:
     def refresh(self) -> None:
         """Learn of segments that this or another process has completed."""
         segments = self.folder / "segments"
-        if not segments.is_dir() or segments.stat().st_mtime_ns == self._changed:
-            return
-        self._changed = segments.stat().st_mtime_ns
-        known = set(self._names)
-        for path in sorted(p for p in segments.iterdir() if p.suffix != ".tmp" and p.name not in known):
-            try:
-                keys = open_array(path / "keys").read().result()
-            except Exception as error:
-                log.warning("teacher cache: segment %s is damaged and left out (%s)", path.name, first_line(error))
-                keys = np.zeros(0, np.int64)
-            self._segment[keys] = len(self._names)
-            self._row[keys] = np.arange(len(keys))
-            self._names.append(path.name)
+        with self._lock:  # batches are read in a thread of their own
+            if not segments.is_dir() or segments.stat().st_mtime_ns == self._changed:
+                return
+            self._changed = segments.stat().st_mtime_ns
+            known = set(self._names)
+            for path in sorted(p for p in segments.iterdir() if p.suffix != ".tmp" and p.name not in known):
+                try:
+                    keys = open_array(path / "keys").read().result()
+                except (ValueError, OSError, UserError) as error:
+                    log.warning("teacher cache: segment %s is damaged and left out (%s)", path.name, first_line(error))
+                    keys = np.zeros(0, np.int64)
+                self._names.append(path.name)
+                self._row[keys] = np.arange(len(keys))
+                self._segment[keys] = len(self._names) - 1
 
-    def start_reading(self, keys: np.ndarray) -> Callable[[], dict[str, Tensor] | None]:
-        """Begin to read entries; the result is called for them: target name → (N, …), or None if any is missing or
-        damaged."""
+    def start_reading(self, keys: np.ndarray) -> Callable[[], Entries]:
+        """Begin to read the entries of samples; the result is called for them."""
         if self._process != os.getpid():
             self._forget()
-        if (self._segment[keys] < 0).any():
+        stored = self.stored(keys)
+        if (self._segment[stored] < 0).any():
             self.refresh()
-        if (self._segment[keys] < 0).any():
-            return lambda: None
-        places = [(self._names[s], int(r)) for s, r in zip(self._segment[keys], self._row[keys], strict=True)]
-        reads = {}
-        for target in self.targets:
-            reads[target] = [self._array(segment, target)[row].read() for segment, row in places]
+        if (self._segment[stored] < 0).any():
+            return lambda: Entries(None)
+        places = [(self._names[s], int(r)) for s, r in zip(self._segment[stored], self._row[stored], strict=True)]
+        names = list(layout(self.shapes, self.dtype))
+        reads = [[self._start(segment, name, row) for name in names] for segment, row in places]
 
-        def result() -> dict[str, Tensor] | None:
-            try:
-                return {
-                    target: torch.from_numpy(np.stack([finished(read, "entry") for read in futures]))
-                    for target, futures in reads.items()
-                }
-            except Exception as error:
-                self.damaged += 1
-                log.warning("teacher cache: %s; it is computed again", first_line(error))
-                return None
+        def result() -> Entries:
+            rows, damaged = [], []
+            for entry, key, waiting in zip(stored, keys, reads, strict=True):
+                try:
+                    arrays = [wait() for wait in waiting]
+                except (ValueError, OSError, UserError) as error:
+                    damaged.append(int(entry))
+                    log.warning("teacher cache: entry %d: %s; it is computed again", entry, first_line(error))
+                    continue
+                turn = key % ORIENTATIONS if self.canonical else 0
+                rows.append([orient(x, turn) if x.ndim > 1 else x for x in arrays])
+            if damaged:
+                self.forget(damaged)
+                return Entries(None, tuple(damaged))
+            columns = zip(*rows, strict=True)
+            return Entries({name: as_tensor(np.stack(x)) for name, x in zip(names, columns, strict=True)})
 
         return result
 
-    def _array(self, segment: str, target: str) -> ts.TensorStore:
-        if (segment, target) not in self._arrays:
-            self._arrays[segment, target] = open_array(self.folder / "segments" / segment / target)
-        return self._arrays[segment, target]
+    def forget(self, keys: Sequence[int]) -> None:
+        """Take entries for missing, until a segment is found that has them and was not known."""
+        self._segment[np.asarray(keys, int)] = -1
+
+    def _start(self, segment: str, name: str, row: int) -> Callable[[], np.ndarray]:
+        """Begin to read one array of one entry."""
+        if (segment, name) not in self._arrays:
+            try:
+                path = self.folder / "segments" / segment / name
+                self._arrays[segment, name] = open_array(path, self._context)
+            except UserError as error:
+                return partial(_raise, error)
+        return self._arrays[segment, name][row].read().result
 
     def add(self, keys: np.ndarray, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Keep a batch's targets, and return them as reading them back would: rounded to the cache's number format,
-        so that it makes no difference to training whether an entry was already there."""
-        stored = {name: t.detach().cpu().numpy().astype(self.dtype) for name, t in targets.items()}
-        new = np.flatnonzero(self._segment[keys] < 0)
+        """Keep the targets of the entries `keys`, and return them as reading them back would: rounded to the cache's
+        number format, so that it makes no difference to training whether an entry was already there."""
+        arrays = encode(targets, self.dtype)
+        new = np.flatnonzero((self._segment[keys] < 0) & ~self._waiting[keys])
         if not self.full and len(new):
-            self._pending.append((keys[new], {name: values[new] for name, values in stored.items()}))
+            self._waiting[keys[new]] = True
+            self._pending.append((keys[new], {name: values[new] for name, values in arrays.items()}))
             if sum(v.nbytes for _, entry in self._pending for v in entry.values()) >= SEGMENT_BYTES:
                 self.flush()
-        return {
-            name: torch.from_numpy(values).to(targets[name].device, targets[name].dtype)
-            for name, values in stored.items()
-        }
+        device = next(iter(targets.values())).device if targets else None
+        return decode({name: as_tensor(x).to(device) for name, x in arrays.items()})
 
     def flush(self) -> None:
         """Write what was added as a segment. On a full disk, caching ends with a warning and training goes on."""
@@ -143,7 +188,9 @@ class TeacherCache:
         keys = np.concatenate([keys for keys, _ in self._pending])
         values = {name: np.concatenate([v[name] for _, v in self._pending]) for name in self._pending[0][1]}
         self._pending = []
-        name = uuid.uuid4().hex[:16]
+        self._waiting[:] = False
+        # Names sort as segments were written.
+        name = f"{time.time_ns():020}-{uuid.uuid4().hex[:8]}"
         aside = self.folder / "segments" / f"{name}.tmp"
         try:
             write_segment(aside, keys, values)
@@ -154,10 +201,19 @@ class TeacherCache:
             self.full = True
         self.refresh()
 
+    def missing(self, keys: np.ndarray) -> np.ndarray:
+        """Which of the samples (N,) have no entry yet."""
+        self.refresh()
+        return self._segment[self.stored(keys)] < 0
+
     def entries(self) -> int:
         """How many entries can be read."""
         self.refresh()
         return int((self._segment >= 0).sum())
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def write_segment(folder: Path, keys: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
@@ -208,27 +264,53 @@ class TeacherTargets:
         self.distiller = distiller
         self.cache = cache
         self.autocast = autocast
-        self.forwards = 0
-        self.hits = 0
+        self.forwards = self.hits = self.damaged = 0
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        """The method's targets for a batch (see `Distiller.teacher_targets`)."""
+        """The method's targets for a batch (see `Distiller.teacher_targets`), in float32."""
         if self.teacher is None:
             return {}
         if batch.targets is not None:
             self.hits += len(batch.keys)
-            return batch.targets
+            return decode(batch.targets)
         self.forwards += len(batch.keys)
+        if self.cache is None:
+            return self.compute(batch.image, batch.mask)
+        if batch.damaged:
+            self.damaged += len(batch.damaged)
+            self.cache.forget(batch.damaged)
+        if not self.cache.canonical:
+            return self.cache.add(batch.keys, self.compute(batch.image, batch.mask))
+        turns = batch.keys % ORIENTATIONS
+        targets = self.compute(turned(batch.image, turns, back=True), turned(batch.mask, turns, back=True))
+        targets = self.cache.add(self.cache.stored(batch.keys), targets)
+        return {name: turned(x, turns) if x.ndim > 2 else x for name, x in targets.items()}
+
+    @torch.no_grad()
+    def compute(self, image: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """The targets of images (N, 1, H, W) and masks (N, 2, H, W), by a forward pass."""
         with self.autocast():
-            output = self.teacher(batch.image)
-        targets = self.distiller.teacher_targets(NetworkOutput(*(t.float() for t in output)), batch.mask)
-        return self.cache.add(batch.keys, targets) if self.cache is not None else targets
+            output = self.teacher(image)
+        return self.distiller.teacher_targets(NetworkOutput(*(t.float() for t in output)), mask)
 
     def flush(self) -> None:
         """Write what was computed, so that it can be read."""
         if self.cache is not None:
             self.cache.flush()
+
+
+def turned(x: Tensor, orientations: np.ndarray, back: bool = False) -> Tensor:
+    """Samples of x (N, …, H, W), each in its orientation (see `data.orient`), or turned back from it."""
+
+    def turn(sample: Tensor, orientation: int) -> Tensor:
+        quarters, mirrored = orientation % 4, orientation >= 4
+        if back:
+            sample = sample.rot90(-quarters, (-2, -1))
+            return sample.flip(-1) if mirrored else sample
+        return (sample.flip(-1) if mirrored else sample).rot90(quarters, (-2, -1))
+
+    return torch.stack([turn(sample, int(o)) for sample, o in zip(x, orientations, strict=True)])
 
 
 def weights_hash(network: nn.Module) -> str:
@@ -268,18 +350,18 @@ def cache_fingerprint(description: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def entry_bytes(shapes: Mapping[str, list[int]], dtype: str) -> int:
-    """Bytes of one entry, uncompressed."""
-    return sum(int(np.prod(shape)) for shape in shapes.values()) * np.dtype(dtype).itemsize
-
-
 def open_cache(
-    root: Path, description: Mapping[str, Any], size: int, targets: Sequence[str], dtype: str
+    root: Path,
+    description: Mapping[str, Any],
+    size: int,
+    shapes: Mapping[str, Sequence[int]],
+    dtype: str,
+    **settings: Any,
 ) -> TeacherCache:
-    """The cache that belongs to a description, made if it is not there."""
+    """The cache that belongs to a description, made if it is not there. Opening it counts as its use."""
     folder = Path(root) / cache_fingerprint(description)
     (folder / "segments").mkdir(parents=True, exist_ok=True)
     write_text(folder / "description.json", json.dumps(description, indent=1, default=str))
-    cache = TeacherCache(folder, size, targets, dtype)
+    cache = TeacherCache(folder, size, shapes, dtype, **settings)
     cache.refresh()
     return cache

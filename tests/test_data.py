@@ -1,5 +1,7 @@
 import pickle
 import shutil
+import threading
+import time
 from collections import Counter
 
 import numpy as np
@@ -14,6 +16,7 @@ from data_tools.store import open_store, write_split
 from spark_dist.data import (
     ORIENTATIONS,
     UPRIGHT,
+    Ahead,
     Crop,
     EpochSampler,
     SliceDataset,
@@ -178,3 +181,26 @@ def test_the_dataset_can_be_sent_to_a_worker_after_use(table):
     first = dataset.__getitems__([8, 17])
     again = pickle.loads(pickle.dumps(dataset)).__getitems__([8, 17])
     assert torch.equal(first["image"], again["image"])
+
+
+def test_batches_read_ahead_come_in_order_and_errors_with_them():
+    class Loader(list):
+        batch_sampler = dataset = None
+
+        def __iter__(self):
+            for item in super().__iter__():
+                if isinstance(item, Exception):
+                    raise item
+                time.sleep(0.02)
+                yield item
+
+    ahead = Ahead(Loader(range(5)))
+    assert list(ahead) == list(ahead) == [0, 1, 2, 3, 4]
+    assert 0 < ahead.waited < 10
+    before = threading.active_count()
+    for item in Ahead(Loader(range(100))):
+        if item == 3:
+            break
+    with pytest.raises(UserError, match="this slice"):
+        list(Ahead(Loader([1, UserError("this slice")])))
+    assert threading.active_count() == before

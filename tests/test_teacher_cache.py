@@ -17,43 +17,49 @@ from spark_dist.teacher_cache import (
     weights_hash,
 )
 
+SHAPES = {"a": (4, 5), "b": (2,)}
+
 
 def filled(folder, keys=(3, 9, 10), dtype="float32", size=64):
-    cache = TeacherCache(folder, size, ["a", "b"], dtype)
+    cache = TeacherCache(folder, size, SHAPES, dtype)
     values = {"a": torch.randn(len(keys), 4, 5), "b": torch.randn(len(keys), 2)}
     cache.add(np.array(keys), values)
     cache.flush()
     return cache, values
 
 
+def read(cache, keys):
+    return cache.start_reading(np.array(keys))().arrays
+
+
 def test_entries_come_back_in_the_order_asked_for(tmp_path):
     _, values = filled(tmp_path)
-    read = TeacherCache(tmp_path, 64, ["a", "b"], "float32").start_reading(np.array([10, 3]))()
-    assert torch.equal(read["a"], values["a"][[2, 0]])
-    assert torch.equal(read["b"], values["b"][[2, 0]])
+    found = read(TeacherCache(tmp_path, 64, SHAPES, "float32"), [10, 3])
+    assert torch.equal(found["a"], values["a"][[2, 0]])
+    assert torch.equal(found["b"], values["b"][[2, 0]])
 
 
 def test_a_batch_with_a_missing_entry_is_not_read(tmp_path):
     cache, _ = filled(tmp_path)
-    assert cache.start_reading(np.array([3, 4]))() is None
+    assert read(cache, [3, 4]) is None
     assert cache.entries() == 3
 
 
 def test_adding_rounds_as_reading_back_does(tmp_path):
-    cache = TeacherCache(tmp_path, 8, ["a"], "float16")
-    value = torch.randn(2, 3)
+    cache = TeacherCache(tmp_path, 8, {"a": (30,)}, "float16")
+    value = torch.randn(2, 30)
     given = cache.add(np.array([0, 1]), {"a": value})["a"]
     cache.flush()
     assert given.dtype == torch.float32
     assert not torch.equal(given, value)
-    assert torch.equal(given, cache.start_reading(np.array([0, 1]))()["a"].float())
+    assert torch.equal(given, read(cache, [0, 1])["a"].float())
 
 
 def test_two_writers_fill_one_cache(tmp_path):
     first, _ = filled(tmp_path, (1, 2))
     second, values = filled(tmp_path, (2, 5))
     assert first.entries() == second.entries() == 3
-    assert torch.equal(first.start_reading(np.array([5]))()["a"], values["a"][1:])
+    assert torch.equal(read(first, [5])["a"], values["a"][1:])
 
 
 def test_what_is_there_is_not_written_again(tmp_path):
@@ -67,7 +73,7 @@ def test_a_half_written_segment_is_not_seen(tmp_path):
     filled(tmp_path)
     segment = next((tmp_path / "segments").iterdir())
     segment.rename(segment.with_suffix(".tmp"))
-    assert TeacherCache(tmp_path, 64, ["a", "b"], "float32").entries() == 0
+    assert TeacherCache(tmp_path, 64, SHAPES, "float32").entries() == 0
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
@@ -82,22 +88,28 @@ def test_damage_is_found_and_never_read(tmp_path, damage, caplog):
         shard.write_bytes(data[: len(data) // 2])
     else:
         shard.unlink()
-    cache = TeacherCache(tmp_path, 64, ["a", "b"], "float32")
-    assert cache.start_reading(np.array([3, 9, 10]))() is None
-    assert cache.damaged == 1
+    cache = TeacherCache(tmp_path, 64, SHAPES, "float32")
+    found = cache.start_reading(np.array([3, 9, 10]))()
+    assert found.arrays is None
+    assert found.damaged == ((3,) if damage == "flip" else (3, 9, 10))
     assert "computed again" in caplog.text
+    again = {"a": torch.ones(3, 4, 5), "b": torch.ones(3, 2)}
+    cache.add(np.array([3, 9, 10]), again)
+    cache.flush()
+    for reader in (cache, TeacherCache(tmp_path, 64, SHAPES, "float32")):
+        assert torch.equal(read(reader, [3])["a"], again["a"][:1])
 
 
 def test_damaged_keys_leave_a_segment_out(tmp_path, caplog):
     filled(tmp_path)
     shard = next((tmp_path / "segments").glob("*/keys/c/0"))
     shard.write_bytes(shard.read_bytes()[:-3])
-    assert TeacherCache(tmp_path, 64, ["a", "b"], "float32").entries() == 0
+    assert TeacherCache(tmp_path, 64, SHAPES, "float32").entries() == 0
     assert "left out" in caplog.text
 
 
 def test_a_full_disk_ends_caching_and_not_training(tmp_path, caplog):
-    cache = TeacherCache(tmp_path, 8, ["a"], "float32")
+    cache = TeacherCache(tmp_path, 8, {"a": (2,)}, "float32")
     (tmp_path / "segments").write_text("a file where a folder is wanted")
     cache.add(np.array([0]), {"a": torch.zeros(1, 2)})
     cache.flush()
@@ -133,7 +145,7 @@ def test_cached_losses_equal_live_ones_in_all_orientations(tiny_store, tmp_path,
     make_confident(teacher, table)
     distiller = build_distiller(method, student=student.taps, teacher=teacher.taps, samples=len(table)).eval()
     size = len(table) * ORIENTATIONS
-    names = list(probe_targets(distiller, teacher.taps, (32, 32))[1])
+    shapes = probe_targets(distiller, teacher.taps, (32, 32))[1]
     keys = [row * ORIENTATIONS + row for row in range(ORIENTATIONS)]
 
     def losses(cache):
@@ -145,12 +157,12 @@ def test_cached_losses_equal_live_ones_in_all_orientations(tiny_store, tmp_path,
         return {name: term.item() for name, term in terms.items()}, targets
 
     live, _ = losses(None)
-    cache = open_cache(tmp_path, {"method": method}, size, names, dtype)
+    cache = open_cache(tmp_path, {"method": method}, size, shapes, dtype)
     filling, targets = losses(cache)
     assert targets.forwards == len(keys)
     targets.flush()
     cached, targets = losses(cache)
-    assert (targets.hits, targets.forwards) == (len(keys), 0) or not names
+    assert (targets.hits, targets.forwards) == (len(keys), 0) or not shapes
     assert cached == filling
     total = sum(live.values())
     for name in live:

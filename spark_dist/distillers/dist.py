@@ -30,22 +30,17 @@ class DIST(Distiller):
         self.segmentation, self.intra, self.temperature = segmentation, intra, temperature
 
     def teacher_targets(self, teacher: NetworkOutput, mask: Tensor) -> dict[str, Tensor]:
-        return {"margin": margin(teacher.logits)}
+        return {"margin": losses.margin(teacher.logits)}
 
     def forward(
         self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
     ) -> dict[str, Tensor]:
-        p = (margin(student.logits) / self.temperature).sigmoid()
+        p = (losses.margin(student.logits) / self.temperature).sigmoid()
         q = (targets["margin"].float() / self.temperature).sigmoid()
         return {
             "segmentation": self.segmentation * losses.segmentation(student.logits, mask),
             "intra": self.intra * self.temperature**2 * (1 - correlation(p, q)),
         }
-
-
-def margin(logits: Tensor) -> Tensor:
-    """By how much the target's logit exceeds the background's, (N, H, W)."""
-    return logits[:, 1].float() - logits[:, 0].float()
 
 
 def correlation(x: Tensor, y: Tensor) -> Tensor:

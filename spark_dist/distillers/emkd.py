@@ -19,7 +19,7 @@ class EMKD(Distiller):
     two summed over low and high. IMD is the squared distance of the importance maps, which are attention maps of 4th
     powers; the student's features are bilinearly resized to the teacher's. RAD is the squared difference of
     `region_contrast`.
-    Caches the logits, the two importance maps and the two contrasts. Defined per sample.
+    Caches the logits' difference, the two importance maps and the two contrasts. Defined per sample.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class EMKD(Distiller):
 
     def teacher_targets(self, teacher: NetworkOutput, mask: Tensor) -> dict[str, Tensor]:
         return {
-            "logits": teacher.logits,
+            "margin": losses.margin(teacher.logits),
             "low": attention_map(teacher.low, power=4),
             "high": attention_map(teacher.high, power=4),
             "contrasts": self.contrasts(teacher, mask),
@@ -54,7 +54,7 @@ class EMKD(Distiller):
         region = (self.contrasts(student, mask) - targets["contrasts"]).pow(2).mean(dim=0).sum()
         return {
             "segmentation": self.segmentation * losses.segmentation(student.logits, mask),
-            "kl": self.kl * losses.kl(student.logits, targets["logits"], self.temperature),
+            "kl": self.kl * losses.kl(student.logits, losses.logits_of(targets["margin"]), self.temperature),
             "importance": self.importance * importance,
             "region": self.region * region,
         }

@@ -103,19 +103,25 @@ def hierarchical_mse(student: Tensor, teacher: Tensor) -> Tensor:
     return sum(weight * loss for weight, loss in zip(level_weights(len(levels)), levels, strict=True))
 
 
-def pooled_levels(x: Tensor) -> list[Tensor]:
+def pooled_levels(x: Tensor, coarse: Tensor | None = None) -> list[Tensor]:
     """A map (…, H, W) and its poolings to 4×4, 2×2 and 1×1, without those that are not smaller than the map.
 
-    A level is built from the one before wherever that is the same.
+    A level is built from the one before wherever that is the same. `coarse` is the map's pooling to 4×4, if it is
+    there already (see `has_coarse`).
     """
     levels, source = [x], x
     for side in (4, 2, 1):
         if side < min(size_of(x)):
-            levels.append(pool_to(source, (side, side)))
+            levels.append(coarse if coarse is not None and side == 4 else pool_to(source, (side, side)))
             # Pooling in two steps equals pooling in one if the first has windows that do not overlap.
             if size_of(x)[0] % side == size_of(x)[1] % side == 0:
                 source = levels[-1]
     return levels
+
+
+def has_coarse(size: Size) -> bool:
+    """Whether all further poolings of a map of this size follow from the one to 4×4."""
+    return min(size) > 4 and size[0] % 4 == size[1] % 4 == 0
 
 
 def level_weights(levels: int) -> list[float]:

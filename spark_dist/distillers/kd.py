@@ -12,7 +12,7 @@ class KD(Distiller):
     """Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531.
 
     segmentation · (½ focal + ½ soft Dice) + kl · T² KL(teacher ‖ student), per pixel at temperature T.
-    Caches the logits. Defined per sample.
+    Caches the logits' difference. Defined per sample.
     """
 
     def __init__(
@@ -22,12 +22,12 @@ class KD(Distiller):
         self.segmentation, self.kl, self.temperature = segmentation, kl, temperature
 
     def teacher_targets(self, teacher: NetworkOutput, mask: Tensor) -> dict[str, Tensor]:
-        return {"logits": teacher.logits}
+        return {"margin": losses.margin(teacher.logits)}
 
     def forward(
         self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
     ) -> dict[str, Tensor]:
         return {
             "segmentation": self.segmentation * losses.segmentation(student.logits, mask),
-            "kl": self.kl * losses.kl(student.logits, targets["logits"], self.temperature),
+            "kl": self.kl * losses.kl(student.logits, losses.logits_of(targets["margin"]), self.temperature),
         }

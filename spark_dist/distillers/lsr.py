@@ -13,7 +13,7 @@ class LSR(Distiller):
     teacher that is the mask itself, at a high temperature, beside a little of the real one.
 
     truth · T² KL(mask ‖ student) + kl · T² KL(teacher ‖ student), the mask being taken for logits.
-    Caches the logits. Defined per sample.
+    Caches the logits' difference. Defined per sample.
     """
 
     def __init__(self, student: Taps, teacher: Taps, truth: float = 0.95, kl: float = 0.05, temperature: float = 40.0):
@@ -21,12 +21,12 @@ class LSR(Distiller):
         self.truth, self.kl, self.temperature = truth, kl, temperature
 
     def teacher_targets(self, teacher: NetworkOutput, mask: Tensor) -> dict[str, Tensor]:
-        return {"logits": teacher.logits}
+        return {"margin": losses.margin(teacher.logits)}
 
     def forward(
         self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
     ) -> dict[str, Tensor]:
         return {
             "truth": self.truth * losses.kl(student.logits, mask, self.temperature),
-            "kl": self.kl * losses.kl(student.logits, targets["logits"], self.temperature),
+            "kl": self.kl * losses.kl(student.logits, losses.logits_of(targets["margin"]), self.temperature),
         }

@@ -52,9 +52,9 @@ def products(x: Tensor, y: Tensor) -> Tensor:
     return torch.bmm(x.flatten(2), y.flatten(2).transpose(1, 2)).sum(dim=0)
 
 
-def pooled_columns(x: Tensor) -> Tensor | None:
+def pooled_columns(x: Tensor, coarse: Tensor | None = None) -> Tensor | None:
     """A map's poolings (see `pooled_levels`), without the map itself, side by side: (N, C, P), if there are any."""
-    levels = pooled_levels(x)[1:]
+    levels = pooled_levels(x, coarse)[1:]
     return torch.cat([level.flatten(2) for level in levels], dim=2) if levels else None
 
 

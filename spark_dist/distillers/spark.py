@@ -7,7 +7,7 @@ from spark_dist import losses
 from spark_dist.networks.base import NetworkOutput, Taps
 
 from .base import Distiller
-from .features import Size, attention_enhanced, connector, map_size, pool_to, smaller
+from .features import Size, attention_enhanced, connector, has_coarse, map_size, pool_to, size_of, smaller
 from .quadratic import centred, distance, distance_through, pooled_columns, power
 
 
@@ -23,10 +23,10 @@ class SPARK(Distiller):
     The gain holds at a crop of `reference_crop`² pixels (the paper's 384), and grows with √(H·W) so that the term
     weighs the same at every crop (see `attention_enhanced`).
 
-    Caches the logits, and the teacher's enhanced maps pooled to the size at which a student's map meets them, with
-    their further poolings and mean squares. Defined per sample, but for the connectors' batch norm, whose statistics
-    are those of each process's part of the batch at the student's own size. The teacher-wide maps that the connectors
-    stand for are never formed (see `quadratic`).
+    Caches the logits' difference, and the teacher's enhanced maps pooled to the size at which a student's map meets
+    them, with a further pooling and mean squares. Defined per sample, but for the connectors' batch norm, whose
+    statistics are those of each process's part of the batch at the student's own size. The teacher-wide maps that the
+    connectors stand for are never formed (see `quadratic`).
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class SPARK(Distiller):
         return teacher if shared or student == "low" else f"{teacher}_at_high"
 
     def teacher_targets(self, teacher: NetworkOutput, mask: Tensor) -> dict[str, Tensor]:
-        targets, powers = {"logits": teacher.logits}, []
+        targets, powers = {"margin": losses.margin(teacher.logits)}, []
         for t in ("low", "high"):
             x = self.enhanced(getattr(teacher, t), getattr(self.teacher, t).stride)
             for s in ("low", "high"):
@@ -74,8 +74,8 @@ class SPARK(Distiller):
                 if name in targets:
                     continue
                 targets[name] = pool_to(x, self.meeting(s, t, mask))
-                if (columns := pooled_columns(targets[name])) is not None:
-                    targets[f"{name}_pooled"] = columns
+                if has_coarse(size_of(targets[name])):
+                    targets[f"{name}_coarse"] = pool_to(targets[name], (4, 4))
         for s, t in self.connected:
             powers.append(power(targets[self.target(s, t, mask)]))
         return targets | ({"power": torch.stack(powers, dim=1)} if powers else {})
@@ -88,7 +88,7 @@ class SPARK(Distiller):
         ced = torch.zeros((), device=mask.device)
         for (s, t), weight in self.pairs.items():
             name, size = self.target(s, t, mask), self.meeting(s, t, mask)
-            teacher = targets[name], targets.get(f"{name}_pooled")
+            teacher = targets[name], pooled_columns(targets[name], targets.get(f"{name}_coarse"))
             if (s, t) in self.connected:
                 x = around_mean[s]
                 squares = targets["power"][:, self.connected.index((s, t))]
@@ -99,5 +99,5 @@ class SPARK(Distiller):
         return {
             "segmentation": self.segmentation * losses.segmentation(student.logits, mask),
             "ced": self.ced * ced,
-            "kl": self.kl * losses.kl(student.logits, targets["logits"], self.temperature),
+            "kl": self.kl * losses.kl(student.logits, losses.logits_of(targets["margin"]), self.temperature),
         }

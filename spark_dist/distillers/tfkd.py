@@ -15,7 +15,7 @@ class TfKD(Distiller):
 
     segmentation · (½ focal + ½ soft Dice) + kl · T² KL(teacher ‖ student), the KL's mean being over pixels and
     classes. The teacher is a trained copy of the student's own network.
-    Caches the logits. Defined per sample.
+    Caches the logits' difference. Defined per sample.
 
     Raises `UserError` if the taps show that teacher and student are not the same network. Equal taps do not prove
     that they are: the names of the networks, which a method does not see, must be compared by the caller.
@@ -33,11 +33,11 @@ class TfKD(Distiller):
         self.segmentation, self.kl, self.temperature = segmentation, kl, temperature
 
     def teacher_targets(self, teacher: NetworkOutput, mask: Tensor) -> dict[str, Tensor]:
-        return {"logits": teacher.logits}
+        return {"margin": losses.margin(teacher.logits)}
 
     def forward(
         self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
     ) -> dict[str, Tensor]:
         logits = student.logits
-        kl = losses.kl(logits, targets["logits"], self.temperature) / logits.shape[1]
+        kl = losses.kl(logits, losses.logits_of(targets["margin"]), self.temperature) / logits.shape[1]
         return {"segmentation": self.segmentation * losses.segmentation(logits, mask), "kl": self.kl * kl}
