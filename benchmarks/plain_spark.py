@@ -21,11 +21,25 @@ class PlainSPARK(SPARK):
     def forward(
         self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
     ) -> dict[str, Tensor]:
+        return self.terms(
+            student, {t: self.plain_enhanced(targets[t], self.teacher, t) for t in ("low", "high")}, targets, mask
+        )
+
+    def plain_enhanced(self, x: Tensor, taps, name: str) -> Tensor:
+        """x · gain · (mean over channels of x², L2-normalised over the pixels of each sample)."""
+        x = full(x)
+        height, width = size_of(x)
+        energy = x.pow(2).mean(dim=1)
+        attention = F.normalize(energy.flatten(1), dim=1).view_as(energy)
+        gain = self.gain * (height * width) ** 0.5 * getattr(taps, name).stride / self.reference_crop
+        return x * (gain * attention).unsqueeze(1)
+
+    def terms(self, student: NetworkOutput, maps: dict[str, Tensor], targets: dict[str, Tensor], mask: Tensor):
+        """The loss's terms, with a teacher's enhanced `maps`."""
         ced = torch.zeros((), device=mask.device)
         for (s, t), weight in self.pairs.items():
-            x = plain_enhanced(getattr(student, s), self.gain, getattr(self.student, s).stride, self.reference_crop)
-            y = plain_enhanced(targets[t], self.gain, getattr(self.teacher, t).stride, self.reference_crop)
-            ced = ced + weight * plain_distance(x, y, self.connectors[f"{s}_{t}"])
+            x = self.plain_enhanced(getattr(student, s), self.student, s)
+            ced = ced + weight * plain_distance(x, maps.get(f"{s}_{t}", maps.get(t)), self.connectors[f"{s}_{t}"])
         return {
             "segmentation": self.segmentation * losses.segmentation(student.logits, mask),
             "ced": self.ced * ced,
@@ -33,13 +47,20 @@ class PlainSPARK(SPARK):
         }
 
 
-def plain_enhanced(x: Tensor, gain: float, stride: int, reference_crop: int) -> Tensor:
-    """x · gain · (mean over channels of x², L2-normalised over the pixels of each sample)."""
-    x = full(x)
-    height, width = size_of(x)
-    energy = x.pow(2).mean(dim=1)
-    attention = F.normalize(energy.flatten(1), dim=1).view_as(energy)
-    return x * (gain * (height * width) ** 0.5 * stride / reference_crop * attention).unsqueeze(1)
+class TeacherMapsSPARK(PlainSPARK):
+    """PlainSPARK with the teacher's attention-enhanced maps, pooled to where they are compared, as constants."""
+
+    def teacher_targets(self, teacher: NetworkOutput, mask: Tensor) -> dict[str, Tensor]:
+        maps = {
+            f"{s}_{t}": pool_to(self.plain_enhanced(getattr(teacher, t), self.teacher, t), self.meeting(s, t, mask))
+            for s, t in self.pairs
+        }
+        return {"logits": teacher.logits} | maps
+
+    def forward(
+        self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
+    ) -> dict[str, Tensor]:
+        return self.terms(student, targets, targets, mask)
 
 
 def plain_distance(x: Tensor, y: Tensor, connector: nn.Module) -> Tensor:
@@ -55,3 +76,8 @@ def plain_distance(x: Tensor, y: Tensor, connector: nn.Module) -> Tensor:
             loss = loss + weight * F.mse_loss(pool_to(x, (side, side)), pool_to(y, (side, side)))
             total += weight
     return loss / total
+
+
+def plain_levels(x: Tensor, coarse: Tensor | None = None) -> list[Tensor]:
+    """What `features.pooled_levels` returns, each level from the map itself."""
+    return [x, *(pool_to(x, (side, side)) for side in (4, 2, 1) if side < min(size_of(x)))]
