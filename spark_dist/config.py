@@ -126,8 +126,8 @@ class DistillOptions(TrainingOptions):
     """Keep what the method needs of the teacher on disk, or compute it at every step."""
     cache_folder: Path = Path("runs/teacher-cache")
     """Where teacher caches lie; a file system that all processes share."""
-    cache_dtype: Literal["float16", "float32"] = "float16"
-    """Number format of cached teacher targets."""
+    cache_dtype: Literal["float16", "bfloat16", "float32", "int8"] = "float16"
+    """Number format of cached teacher targets; int8 has a scale for each channel, and its error is reported."""
 
     @property
     def folder(self) -> Path:
