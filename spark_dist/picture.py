@@ -87,8 +87,8 @@ def predictions_picture(
     for position in np.unique(np.linspace(0, len(cases) - 1, min(rows, len(cases))).astype(int)):
         case = store.cases[cases[position]]
         z = int(case.label_counts[:, TASKS[task]].sum(axis=1).argmax())
-        image = reader.array(case.name, "image")[z : z + 1].read().result()
-        truth = reader.array(case.name, "label")[z : z + 1].read().result() >= min(TASKS[task])
+        image = reader.case(case.name, "image")[z : z + 1]
+        truth = reader.case(case.name, "label")[z : z + 1] >= min(TASKS[task])
         predictions = {}
         for name, network in networks.items():
             predicted = probabilities(network, image, case, crop, device) >= threshold
