@@ -29,12 +29,25 @@ class TrainingOptions:
     """Train on flips and quarter turns (a rectangular crop: flips and half turns)."""
     batch_size: int = 16
     """Slices for each optimizer step, over all processes together."""
+    accumulate: int = 1
+    """Parts in which a batch is computed one after another, so that it needs less memory. What looks across samples
+    (batch normalisation, soft Dice, methods that compare samples) then sees a part."""
     epochs: int = 90
     """Passes over the training slices."""
     lr: float = 1e-3
     """Adam's learning rate at the start."""
     lr_min: float = 1e-6
     """Learning rate that the cosine schedule ends at."""
+    scale_lr: bool = False
+    """Multiply both learning rates by batch_size / 16, the linear rule of Goyal et al. (arXiv 1706.02677). The number
+    of processes never enters: batch_size is over all of them."""
+    clip: float = 0.0
+    """Largest norm of the gradient; a longer one is scaled down to it (0: never)."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the student, for instance 0.999, which is validated and saved in the
+    student's place (0: none)."""
+    sync_batchnorm: bool = False
+    """Batch normalisation over the global batch rather than each process's share. Needs GPUs."""
     seed: int = 3407
     """Seed of weights, order, orientations and dropout."""
     support_slices: int = 64
@@ -49,6 +62,10 @@ class TrainingOptions:
     """Steps between looks at the loss and at signals to stop."""
     checkpoint_minutes: float = 10
     """Minutes between checkpoints for resuming within an epoch; there is one after each epoch anyway."""
+    checkpoint_steps: int = 0
+    """Steps between such checkpoints, besides the minutes (0: only the minutes). Looked at every log_every steps."""
+    keep_checkpoints: int = 2
+    """Latest checkpoints that are kept. If the newest is damaged, the job goes on from the one before."""
     out: Path | None = None
     """Folder of this job; the default is made of its options, under runs/. The same command resumes there."""
     overwrite: bool = False
@@ -59,11 +76,16 @@ class TrainingOptions:
     """MLflow experiment; the default is dataset-task."""
 
     def __post_init__(self):
-        for name in ("batch_size", "epochs", "val_every", "log_every"):
+        for name in ("batch_size", "accumulate", "epochs", "val_every", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
         if not 0 < self.threshold < 1:
             raise UserError(f"--threshold is a probability between 0 and 1, not {self.threshold}")
+        for name in ("clip", "checkpoint_steps", "checkpoint_minutes"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} can't be negative")
+        if not 0 <= self.ema < 1:
+            raise UserError(f"--ema is a decay from 0 (none) to below 1, not {self.ema}")
         if not 0 <= self.lr_min <= self.lr:
             raise UserError(f"--lr_min ({self.lr_min}) must lie between 0 and --lr ({self.lr})")
 
@@ -71,6 +93,12 @@ class TrainingOptions:
     def crop_window(self) -> Crop:
         size = (self.crop, self.crop) if isinstance(self.crop, int) else tuple(self.crop)
         return Crop(size, tuple(self.crop_shift))
+
+    @property
+    def learning_rates(self) -> tuple[float, float]:
+        """Where the cosine schedule begins and ends."""
+        factor = self.batch_size / 16 if self.scale_lr else 1.0
+        return self.lr * factor, self.lr_min * factor
 
     @property
     def orientation_choices(self) -> tuple[int, ...]:

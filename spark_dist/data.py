@@ -8,13 +8,26 @@ uses the same keys.
 import hashlib
 import json
 import os
-import time
+def training_loader(dataset: SliceDataset, sampler: EpochSampler, workers: int) -> "Ahead":
+    """Batches in the sampler's order, read ahead. Workers are started fresh, never forked (see `VoxelReader`).
+
+    Signals to stop are for the training process: what starts the workers blocks them, and the workers inherit that.
+    """
+    if workers:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        forkserver.ensure_running()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    loader = DataLoader(
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+<<<<<<< HEAD
 from queue import Full, Queue
 from threading import Event, Thread
+=======
+from multiprocessing import forkserver
+>>>>>>> dd76e22 (Checkpoints in a row with checksums looked at; accumulation, clipping, EMA, SyncBatchNorm)
 from typing import Any, NamedTuple
 
 import cv2
@@ -28,6 +41,8 @@ from data_tools.location import finished
 from data_tools.shards import SliceReader
 from data_tools.store import TASKS, Store
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What asks a job to save its state and end."""
 ORIENTATIONS = 8
 """The dihedral group D4: orientation = quarter turns + 4 × (flipped left to right first)."""
 UPRIGHT = (0, 2, 4, 6)
@@ -213,43 +228,72 @@ def orientations(n: int, seed: int, epoch: int, choices: Sequence[int]) -> np.nd
 
 
 class EpochSampler:
-    """Yields this process's share of each global batch of an epoch, as keys.
+    """Yields this process's share of each part of each global batch of an epoch, as keys.
 
-    An epoch is cut into ceil(n / batch_size) batches whose sizes differ by one at the most, and each batch into equal
-    shares likewise: no slice is dropped or repeated, and no batch is a tiny remainder.
+    An epoch is cut into ceil(n / batch_size) batches whose sizes differ by one at the most, each batch into
+    `accumulate` parts likewise, and each part into the processes' shares: no slice is dropped or repeated, and no batch
+    is a tiny remainder. Parts do not depend on the number of processes.
     """
 
-    def __init__(self, n: int, batch_size: int, seed: int, choices: Sequence[int], rank: int = 0, world: int = 1):
+    def __init__(
+        self,
+        n: int,
+        batch_size: int,
+        seed: int,
+        choices: Sequence[int],
+        rank: int = 0,
+        world: int = 1,
+        accumulate: int = 1,
+    ):
         self.n, self.seed, self.choices, self.rank, self.world = n, seed, tuple(choices), rank, world
+        self.accumulate = accumulate
         self.steps = -(-n // batch_size)
-        if n // self.steps < world:
+        if n // self.steps // accumulate < world:
+            parts = f", each in {accumulate} parts," if accumulate > 1 else ""
             raise UserError(
-                f"{n} training slices in batches of {batch_size} leave some of {world} processes without a slice; "
-                "use fewer processes or a larger batch_size"
+                f"{n} training slices in batches of {batch_size}{parts} leave some of {world} processes without a "
+                "slice; use fewer processes or a larger batch_size"
             )
         self.epoch = 0
         self.start = 0
 
     def __len__(self) -> int:
-        return self.steps - self.start
+        return (self.steps - self.start) * self.accumulate
 
     def __iter__(self) -> Iterator[list[int]]:
         order = permutation(self.n, self.seed, self.epoch)
         keys = order * ORIENTATIONS + orientations(self.n, self.seed, self.epoch, self.choices)[order]
         for step in range(self.start, self.steps):
             low, high = self.n * step // self.steps, self.n * (step + 1) // self.steps
-            yield np.array_split(keys[low:high], self.world)[self.rank].tolist()
+            for part in np.array_split(keys[low:high], self.accumulate):
+                yield np.array_split(part, self.world)[self.rank].tolist()
 
-    def weight(self, step: int) -> float:
-        """What this process's mean loss counts in the average over processes, so that it is the global batch's mean."""
+    def weight(self, part: int) -> float:
+        """What this process's mean loss over a part counts in the average over processes and over the batch's parts,
+        so that it is the global batch's mean. Parts are counted through the epoch."""
+        step, place = divmod(part, self.accumulate)
         size = self.n * (step + 1) // self.steps - self.n * step // self.steps
-        share = size // self.world + (self.rank < size % self.world)
-        return share * self.world / size
+        part = size // self.accumulate + (place < size % self.accumulate)
+        share = part // self.world + (self.rank < part % self.world)
+        return share * self.world * self.accumulate / size
 
 
+<<<<<<< HEAD
 def training_loader(dataset: SliceDataset, sampler: EpochSampler, workers: int) -> "Ahead":
     """Batches in the sampler's order, read ahead. Workers are started fresh, never forked (see `VoxelReader`)."""
     loader = DataLoader(
+=======
+def training_loader(dataset: SliceDataset, sampler: EpochSampler, workers: int) -> DataLoader:
+    """Batches in the sampler's order. Workers are started fresh, never forked (see `VoxelReader`).
+
+    Signals to stop are for the training process: what starts the workers blocks them, and the workers inherit that.
+    """
+    if workers:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        forkserver.ensure_running()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return DataLoader(
+>>>>>>> dd76e22 (Checkpoints in a row with checksums looked at; accumulation, clipping, EMA, SyncBatchNorm)
         dataset,
         batch_sampler=sampler,
         collate_fn=as_is,

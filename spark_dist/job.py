@@ -24,7 +24,7 @@ from .config import TrainingOptions
 from .data import EpochSampler, SliceDataset, SliceTable, slice_table, support_set, training_loader
 from .distillation import Distillation
 from .distillers.base import Distiller
-from .distributed import make_accelerator, shut_down
+from .distributed import listen_for_stop, make_accelerator, shut_down
 from .evaluate import evaluate_cases, format_summaries, summaries
 from .metrics import write_cases
 from .networks import build_network
@@ -42,6 +42,8 @@ MAY_DIFFER = (
     "workers",
     "log_every",
     "checkpoint_minutes",
+    "checkpoint_steps",
+    "keep_checkpoints",
     "cache_folder",
 )
 """Options in which a resumed job may differ from what it was."""
@@ -83,7 +85,10 @@ def open_job(options: TrainingOptions, tags: Mapping[str, Any]) -> Iterator[Job]
     store = open_store(options.dataset)
     for part in ("train", "val", "test"):
         slice_table(store, options.split, part, options.task)
-    accelerator = make_accelerator()
+    listen_for_stop()
+    accelerator = make_accelerator(options.accumulate, options.clip)
+    if options.sync_batchnorm and accelerator.device.type != "cuda":
+        raise UserError("--sync_batchnorm needs GPUs; leave it out on CPUs")
     claim(options.folder, options, accelerator)
     facts = {"world_size": accelerator.num_processes, "git_commit": git_commit(), "seed": options.seed}
     facts |= {"dataset": options.dataset.stem, "task": options.task, **tags}
@@ -145,7 +150,7 @@ def discard(folder: Path) -> None:
     for part in (folder, folder / "teacher", folder / "student"):
         for pattern in (
             "config.yaml",
-            "state.pt",
+            "checkpoints/step-*",
             "best.safetensors",
             "test_cases.json",
             "*.png",
@@ -232,10 +237,13 @@ def train_stage(
             options.orientation_choices,
             accelerator.process_index,
             accelerator.num_processes,
+            options.accumulate,
         )
         dataset = SliceDataset(job.table, options.crop_window, targets.cache)
         loader = training_loader(dataset, sampler, options.workers)
         model = Distillation(network, distiller)
+        if options.sync_batchnorm:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         fit(
             accelerator,
             model,

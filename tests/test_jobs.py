@@ -13,6 +13,8 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
+from spark_dist.checkpoint import load_state, newest_state
+
 SMALL = ("--task", "organ", "--crop", 32, "--crop-shift", "[0,0]", "--batch-size", 8, "--log-every", 2)
 TAUGHT = ("--teacher", "unet", "--teacher-width", 0.05, "--student-width", 0.25)
 
@@ -26,6 +28,10 @@ def distilled(launch, tiny_store, tmp_path):
         return launch(processes, "distill", *arguments, cwd=tmp_path, code=code)
 
     return run
+
+
+def last_state(stage):
+    return load_state(newest_state(stage / "checkpoints"))
 
 
 @pytest.mark.launch
@@ -85,8 +91,7 @@ def test_two_and_three_processes_train_as_one_does(launch, tiny_store, tmp_path)
     weights = {}
     for processes in (1, 2, 3):
         launch(processes, "distill_without_norm.py", *command, "--out", f"of-{processes}", cwd=tmp_path)
-        state = torch.load(tmp_path / f"of-{processes}" / "student" / "state.pt", weights_only=True)
-        weights[processes] = state["model"]
+        weights[processes] = last_state(tmp_path / f"of-{processes}" / "student")["model"]
     for processes in (2, 3):
         for key, value in weights[1].items():
             torch.testing.assert_close(weights[processes][key], value, rtol=1e-5, atol=1e-6)
@@ -160,8 +165,8 @@ def test_interrupted_equals_uninterrupted(launch, tiny_store, tmp_path, number):
     launch(1, "train", *command, "--out", "whole", cwd=tmp_path)
     line = [sys.executable, "-m", "spark_dist.train", *map(str, command), "--out", "parts"]
     process = subprocess.Popen(line, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
-    state = tmp_path / "parts" / "student" / "state.pt"
-    while not state.exists():
+    states = tmp_path / "parts" / "student" / "checkpoints"
+    while not list(states.glob("step-*")):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(number)
@@ -170,9 +175,7 @@ def test_interrupted_equals_uninterrupted(launch, tiny_store, tmp_path, number):
     launch(1, "train", *command, "--out", "parts", cwd=tmp_path)
     whole, parts = (load_file(tmp_path / out / "student" / "best.safetensors") for out in ("whole", "parts"))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
-    whole, parts = (
-        torch.load(tmp_path / out / "student" / "state.pt", weights_only=True) for out in ("whole", "parts")
-    )
+    whole, parts = (last_state(tmp_path / out / "student") for out in ("whole", "parts"))
     assert all(torch.equal(whole["model"][key], parts["model"][key]) for key in whole["model"])
     assert whole["best"] == parts["best"]
 
