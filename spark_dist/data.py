@@ -289,6 +289,8 @@ def training_loader(dataset: SliceDataset, sampler: EpochSampler, workers: int) 
     Signals to stop are for the training process: what starts the workers blocks them, and the workers inherit that.
     """
     if workers:
+        # Imported once for all workers; this starts no threads.
+        forkserver.set_forkserver_preload(["spark_dist.data"])
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         forkserver.ensure_running()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -160,7 +160,7 @@ def resume(accelerator: Accelerator, folder: Path, saved: dict[str, Any]) -> dic
     before, now = state.pop("processes"), accelerator.num_processes
     if before != now:
         accelerator.print(
-            f"{folder.name}: goes on with {now} processes instead of {before}, with the same slices in the same batches; "
+            f"{folder.name}: goes on with {now} processes instead of {before} and the same slices in each batch, "
             "but sums are rounded in another order, so that the weights are not the same to the bit"
         )
     return state

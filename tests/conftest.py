@@ -1,3 +1,4 @@
+import json
 import os
 import socket
 import subprocess
@@ -86,3 +87,28 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def jobs():
+    """Run a module of spark_dist as a job of some processes, with a fault if there shall be one, and return the exit
+    codes and the output (see scripts/jobs.py)."""
+    server = subprocess.Popen(
+        # Not as a script, which the jobs' data workers would import again.
+        [sys.executable, "-c", "import jobs; jobs.serve()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests/scripts"},
+    )
+
+    def run(command, *arguments, folder: Path, processes: int = 1, **fault):
+        folder.mkdir(exist_ok=True)
+        job = {"command": command, "arguments": [str(a) for a in arguments], "folder": str(folder)}
+        print(json.dumps(job | {"processes": processes, "fault": fault or None}), file=server.stdin, flush=True)
+        answer = json.loads(server.stdout.readline())
+        return answer["codes"], Path(answer["log"]).read_text()
+
+    yield run
+    server.stdin.close()
+    server.wait(30)
