@@ -8,26 +8,15 @@ uses the same keys.
 import hashlib
 import json
 import os
-def training_loader(dataset: SliceDataset, sampler: EpochSampler, workers: int) -> "Ahead":
-    """Batches in the sampler's order, read ahead. Workers are started fresh, never forked (see `VoxelReader`).
-
-    Signals to stop are for the training process: what starts the workers blocks them, and the workers inherit that.
-    """
-    if workers:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        forkserver.ensure_running()
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    loader = DataLoader(
+import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-<<<<<<< HEAD
+from multiprocessing import forkserver
 from queue import Full, Queue
 from threading import Event, Thread
-=======
-from multiprocessing import forkserver
->>>>>>> dd76e22 (Checkpoints in a row with checksums looked at; accumulation, clipping, EMA, SyncBatchNorm)
 from typing import Any, NamedTuple
 
 import cv2
@@ -278,13 +267,8 @@ class EpochSampler:
         return share * self.world * self.accumulate / size
 
 
-<<<<<<< HEAD
 def training_loader(dataset: SliceDataset, sampler: EpochSampler, workers: int) -> "Ahead":
-    """Batches in the sampler's order, read ahead. Workers are started fresh, never forked (see `VoxelReader`)."""
-    loader = DataLoader(
-=======
-def training_loader(dataset: SliceDataset, sampler: EpochSampler, workers: int) -> DataLoader:
-    """Batches in the sampler's order. Workers are started fresh, never forked (see `VoxelReader`).
+    """Batches in the sampler's order, read ahead. Workers are started fresh, never forked (see `VoxelReader`).
 
     Signals to stop are for the training process: what starts the workers blocks them, and the workers inherit that.
     """
@@ -294,8 +278,7 @@ def training_loader(dataset: SliceDataset, sampler: EpochSampler, workers: int) 
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         forkserver.ensure_running()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return DataLoader(
->>>>>>> dd76e22 (Checkpoints in a row with checksums looked at; accumulation, clipping, EMA, SyncBatchNorm)
+    loader = DataLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=as_is,
