@@ -22,8 +22,9 @@ COMMANDS = {
     "compare": "table of runs: teacher, student alone, student distilled",
     "profile": "parameters, GFLOPs, activation memory and latency of networks",
     "picture": "predictions of checkpoints beside the truth, as a PNG",
+    "track-sync": "send what an MLflow server that was down did not get",
 }
-"""Each command is the module of its name: `OPTIONS` (a dataclass) and `run(options)`."""
+"""Each command is the module of its name, with _ for -: `OPTIONS` (a dataclass) and `run(options)`."""
 
 REQUEUE = 75
 """Exit code of a job that was told to stop, saved its state and wants to be started again (EX_TEMPFAIL)."""
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"error: {unknown_name('command', argv[0], COMMANDS)}", file=sys.stderr)
         return 2
-    return command(f"spark_dist.{argv[0]}", argv[1:], f"spark-dist {argv[0]}")
+    return command(f"spark_dist.{argv[0].replace('-', '_')}", argv[1:], f"spark-dist {argv[0]}")
 
 
 def command(module: str, argv: Sequence[str] | None = None, program: str | None = None) -> int:
@@ -66,15 +67,25 @@ def command(module: str, argv: Sequence[str] | None = None, program: str | None 
     except Interrupted as stop:
         say_error(str(stop))
         return REQUEUE
+    except Exception as error:
+        from .distributed import lost_contact
+
+        if not lost_contact(error):
+            raise
+        rank = os.environ["RANK"]
+        print(f"process {rank}: another process has ended; its error comes before this line", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         say_error("interrupted")
         return 130
 
 
 def say_error(text: str) -> None:
-    """A line on the error stream, from one process of the job only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr)
+    """A line on the error stream, once for all processes of the job that have the same to say."""
+    from .distributed import first_to_say
+
+    if first_to_say(text):
+        print(text, file=sys.stderr, flush=True)
 
 
 def parse(options: type, argv: Sequence[str], program: str) -> Any:

@@ -66,6 +66,9 @@ class TrainingOptions:
     """Steps between such checkpoints, besides the minutes (0: only the minutes). Looked at every log_every steps."""
     keep_checkpoints: int = 2
     """Latest checkpoints that are kept. If the newest is damaged, the job goes on from the one before."""
+    timeout_minutes: float = 30
+    """How long processes wait for one that is there but does not answer, before the job ends. One that died is noticed
+    at once."""
     out: Path | None = None
     """Folder of this job; the default is made of its options, under runs/. The same command resumes there."""
     overwrite: bool = False

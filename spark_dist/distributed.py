@@ -2,10 +2,13 @@
 
 import gc
 import os
+import re
 import signal
 import time
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
@@ -43,9 +46,27 @@ class Pace:
         return stopping, due
 
 
-def make_accelerator(accumulate: int = 1, clip: float = 0.0) -> Accelerator:
+def first_to_say(text: str) -> bool:
+    """Whether no other process of the job has said this yet. Before they form a group, the first speaks."""
+    if not dist.is_initialized():
+        return os.environ.get("RANK", "0") == "0"
+    try:
+        # The store behind the process group is what is left to agree by when processes fail on their own.
+        return dist.distributed_c10d._get_default_store().add(f"spark-dist said {text}", 1) == 1
+    except RuntimeError:
+        return True
+
+
+def lost_contact(error: Exception) -> bool:
+    """Whether an error is but the consequence of another process's end."""
+    ended = r"closed by peer|reset by peer|broken pipe|remote process exited|network error|socket timeout"
+    return dist.is_initialized() and isinstance(error, RuntimeError) and bool(re.search(ended, str(error), re.I))
+
+
+def make_accelerator(accumulate: int = 1, clip: float = 0.0, timeout: float = 30.0) -> Accelerator:
     """The process group that `accelerate launch` (or torchrun, or nobody) set up, and what the loop does with
-    gradients: the parts that a batch is `accumulate`d of, and the norm that DeepSpeed clips them to.
+    gradients: the parts that a batch is `accumulate`d of, and the norm that DeepSpeed clips them to. After `timeout`
+    minutes of waiting for a process that is there but does not answer, the others end.
 
     Raises `UserError` if processes were started that do not know of each other, which would train as many separate
     networks, for fp16 on a CPU, which would silently train in float32, or if the launcher was told to accumulate.
@@ -59,11 +80,14 @@ def make_accelerator(accumulate: int = 1, clip: float = 0.0) -> Accelerator:
     cuda = torch.cuda.is_available()
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
     # Naming the backend where there is a GPU would replace NCCL; `cpu=True` would turn DeepSpeed off.
-    handlers = [] if cuda or started == 1 else [InitProcessGroupKwargs(backend="gloo")]
+    backend = {} if cuda else {"backend": "gloo"}
+    handlers = [InitProcessGroupKwargs(timeout=timedelta(minutes=timeout), **backend)]
     if not cuda and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
         raise UserError("fp16 needs a GPU; use --mixed_precision bf16 or no")
     accelerator = Accelerator(
-        cpu=not cuda and not deepspeed, gradient_accumulation_steps=accumulate, kwargs_handlers=handlers
+        cpu=not cuda and not deepspeed,
+        gradient_accumulation_steps=accumulate,
+        kwargs_handlers=handlers if started > 1 or deepspeed else [],
     )
     if accelerator.num_processes != started:
         raise UserError(

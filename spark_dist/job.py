@@ -44,6 +44,7 @@ MAY_DIFFER = (
     "checkpoint_minutes",
     "checkpoint_steps",
     "keep_checkpoints",
+    "timeout_minutes",
     "cache_folder",
 )
 """Options in which a resumed job may differ from what it was."""
@@ -86,7 +87,7 @@ def open_job(options: TrainingOptions, tags: Mapping[str, Any]) -> Iterator[Job]
     for part in ("train", "val", "test"):
         slice_table(store, options.split, part, options.task)
     listen_for_stop()
-    accelerator = make_accelerator(options.accumulate, options.clip)
+    accelerator = make_accelerator(options.accumulate, options.clip, options.timeout_minutes)
     if options.sync_batchnorm and accelerator.device.type != "cuda":
         raise UserError("--sync_batchnorm needs GPUs; leave it out on CPUs")
     claim(options.folder, options, accelerator)
@@ -244,18 +245,19 @@ def train_stage(
         model = Distillation(network, distiller)
         if options.sync_batchnorm:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        fit(
-            accelerator,
-            model,
-            targets,
-            loader,
-            validation(job),
-            options,
-            epochs,
-            folder,
-            description,
-            tracker,
-        )
+        with memory_explained(options, accelerator.num_processes):
+            fit(
+                accelerator,
+                model,
+                targets,
+                loader,
+                validation(job),
+                options,
+                epochs,
+                folder,
+                description,
+                tracker,
+            )
         if targets.teacher is not None:
             hits, forwards = accelerator.reduce(torch.tensor([targets.hits, targets.forwards]).to(accelerator.device))
             job.say(f"{role}: {hits} targets read from the cache, {forwards} by a teacher forward")
@@ -263,6 +265,22 @@ def train_stage(
         tracker.artifact(best)
         evaluate_on_test(job, role, best, folder, tracker, teacher)
     return best
+
+
+@contextmanager
+def memory_explained(options: TrainingOptions, processes: int) -> Iterator[None]:
+    """Out of memory, said in terms of what can be done about it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
+            raise
+        slices, (rows, columns) = -(-options.batch_size // (processes * options.accumulate)), options.crop_window.size
+        raise UserError(
+            f"out of memory with {slices} slices of {rows}×{columns} at a time in each process; try --accumulate "
+            f"{2 * options.accumulate}, --batch_size {max(options.batch_size // 2, 1)}, more processes, --crop "
+            f"{rows // 2 // 32 * 32 or rows // 2} or mixed precision, in a new folder (--out)"
+        ) from None
 
 
 def describe(options: TrainingOptions, name: str, width: float, method: str) -> dict[str, Any]:

@@ -1,16 +1,11 @@
 """The commands as users start them, on a tiny store."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
-import sys
-import time
 
 import pytest
 import torch
-from conftest import ROOT
 from safetensors.torch import load_file
 
 from spark_dist.checkpoint import load_state, newest_state
@@ -155,29 +150,6 @@ def test_method_and_weight_that_do_not_exist(tiny_store, tmp_path, monkeypatch, 
     assert "the student's own network" in capsys.readouterr().err
     assert main([*start, "--weights.gian", "3"]) != 0
     assert "did you mean gain" in capsys.readouterr().err
-
-
-@pytest.mark.launch
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_interrupted_equals_uninterrupted(launch, tiny_store, tmp_path, number):
-    command = ("--dataset", tiny_store, *SMALL, "--network", "enet", "--width", 0.25, "--epochs", 6)
-    launch(1, "train", *command, "--out", "whole", cwd=tmp_path)
-    line = [sys.executable, "-m", "spark_dist.train", *map(str, command), "--out", "parts"]
-    process = subprocess.Popen(line, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
-    states = tmp_path / "parts" / "student" / "checkpoints"
-    while not list(states.glob("step-*")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(number)
-    assert process.wait(60) == (75 if number == signal.SIGTERM else -signal.SIGKILL)
-    assert not (tmp_path / "parts" / "student" / "test_cases.json").exists()
-    launch(1, "train", *command, "--out", "parts", cwd=tmp_path)
-    whole, parts = (load_file(tmp_path / out / "student" / "best.safetensors") for out in ("whole", "parts"))
-    assert all(torch.equal(whole[key], parts[key]) for key in whole)
-    whole, parts = (last_state(tmp_path / out / "student") for out in ("whole", "parts"))
-    assert all(torch.equal(whole["model"][key], parts["model"][key]) for key in whole["model"])
-    assert whole["best"] == parts["best"]
 
 
 @pytest.mark.slow

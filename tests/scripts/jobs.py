@@ -2,8 +2,9 @@
 the time, so that tests can interrupt many.
 
 Reads a JSON object a line: `command` (a module of spark_dist), `arguments`, `folder` (where it runs), `processes`, and
-`fault` if there shall be one: `signal` sent to itself by process `rank` at the `n`-th `place` (see `PLACES`).
-Answers with the processes' exit codes, negative for signals, and the name of the file with their output.
+`fault` if there shall be one: `signal` sent to itself by process `rank` at the `n`-th `place` (see `PLACES`), or an
+`error` raised there, or no more than so much `memory`, in bytes. Answers with the processes' exit codes, negative for
+signals, and the name of the file with their output.
 """
 
 import gc
@@ -11,10 +12,12 @@ import io
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import sys
 import time
+from pathlib import Path
 
 import matplotlib.pyplot  # noqa: F401
 import mlflow  # noqa: F401
@@ -28,6 +31,7 @@ import spark_dist.job
 import spark_dist.teacher_cache
 import spark_dist.train
 import spark_dist.trainer
+from data_tools.errors import UserError
 from spark_dist.cli import command
 from spark_dist.networks import build_network
 
@@ -42,6 +46,8 @@ def strike_at(owner, name, fault, half=None):
         calls[0] += 1
         if calls[0] != fault["n"]:
             return original(*arguments, **keywords)
+        if "error" in fault:
+            raise UserError(fault["error"])
         if half:
             return half(original, lambda: os.kill(os.getpid(), fault["signal"]), *arguments, **keywords)
         os.kill(os.getpid(), fault["signal"])
@@ -85,7 +91,10 @@ def process(job, rank, port, log):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["processes"])}
         os.environ |= {"LOCAL_WORLD_SIZE": str(job["processes"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     fault = job.get("fault")
-    if fault and fault.get("rank", 0) == rank:
+    if fault and "memory" in fault:
+        used = resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (used + fault["memory"],) * 2)
+    elif fault and fault.get("rank", 0) == rank:
         owner, name, half = PLACES[fault["place"]]
         strike_at(owner, name, fault, half)
     # Whatever a process has of chance must not matter.

@@ -1,0 +1,30 @@
+"""Send what an MLflow server that was down did not get: spark-dist track-sync FOLDER."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .cli import module_main
+from .progress import console
+from .tracking import sync
+
+
+@dataclass(kw_only=True)
+class SyncOptions:
+    """Send what the runs of a job that has ended could not send to their MLflow server."""
+
+    folder: str = field(metadata={"positional": "folder of a job (its --out)"})
+    tracking_uri: str = "sqlite:///mlflow.db"
+    """MLflow tracking server, or a local SQLite file."""
+
+
+OPTIONS = SyncOptions
+
+
+def run(options: SyncOptions) -> None:
+    """Send, and say how much there was."""
+    sent = sync(Path(options.folder), options.tracking_uri)
+    console.print(f"{options.folder}: {sent} entries sent to {options.tracking_uri}")
+
+
+if __name__ == "__main__":
+    module_main("spark_dist.track_sync")

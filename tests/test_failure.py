@@ -1,0 +1,114 @@
+"""What a job does when a process, the memory, the loss or the tracking server fails."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from conftest import ROOT, free_port
+
+from spark_dist.cli import main
+
+SMALL = ("--task", "organ", "--crop", 32, "--crop-shift", "[0,0]", "--batch-size", 6, "--log-every", 2)
+SMALL += ("--network", "enet", "--width", 0.25)
+
+
+def start(folder, *arguments, restarts=0):
+    """`accelerate launch` with two processes, its output in folder/output.txt."""
+    line = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_config.yaml"]
+    line += ["--max_restarts", restarts, "--main_process_port", free_port(), "-m", "spark_dist.train", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with open(folder / "output.txt", "w") as output:
+        return subprocess.Popen(list(map(str, line)), cwd=folder, env=environment, stdout=output, stderr=output)
+
+
+def kill_rank(launcher, rank):
+    """`kill -9` for one of a launcher's processes."""
+    for child in psutil.Process(launcher.pid).children(recursive=True):
+        if child.environ().get("RANK") == str(rank) and "spark_dist.train" in child.cmdline():
+            child.kill()
+            return
+    raise AssertionError(f"no process {rank}")
+
+
+def wait_for(path, pattern, launcher):
+    while not list(path.glob(pattern)):
+        assert launcher.poll() is None, (path.parents[2] / "output.txt").read_text()
+        time.sleep(0.01)
+
+
+@pytest.mark.launch
+@pytest.mark.slow
+def test_a_dead_process_ends_the_job_and_is_named_and_a_restart_goes_on(tiny_store, tmp_path):
+    command = ("--dataset", tiny_store, *SMALL, "--epochs", 40, "--out", "job")
+    launcher = start(tmp_path, *command)
+    states = tmp_path / "job" / "student" / "checkpoints"
+    wait_for(states, "step-*.pt", launcher)
+    kill_rank(launcher, 1)
+    killed = time.monotonic()
+    assert launcher.wait(60) != 0
+    assert time.monotonic() - killed < 25
+    output = (tmp_path / "output.txt").read_text()
+    assert re.search(r"rank\s*: 1 .*\n\s*exitcode\s*: -9", output)
+    assert "Connection closed by peer" not in output
+
+    launcher = start(tmp_path, *command, restarts=1)
+    done = int(max(states.glob("step-*.pt")).stem.removeprefix("step-"))
+    while int(max(states.glob("step-*.pt")).stem.removeprefix("step-")) <= done:
+        assert launcher.poll() is None
+        time.sleep(0.01)
+    kill_rank(launcher, 1)
+    assert launcher.wait(200) == 0, (tmp_path / "output.txt").read_text()
+    assert (tmp_path / "job" / "student" / "test_cases.json").exists()
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_comes_first(jobs, tiny_store, tmp_path):
+    arguments = ("--dataset", tiny_store, *SMALL, "--epochs", 1, "--out", "job")
+    codes, log = jobs("train", *arguments, folder=tmp_path, processes=2, place="step", n=2, error="it broke", rank=1)
+    assert codes == [1, 2]
+    lines = log.strip().splitlines()
+    assert lines == ["error: it broke", "process 0: another process has ended; its error comes before this line"]
+
+
+@pytest.mark.slow
+def test_an_error_of_all_processes_is_said_once(jobs, tiny_store, tmp_path):
+    arguments = ("--dataset", tiny_store, *SMALL, "--epochs", 1, "--lr", 1e30, "--log-every", 1, "--out", "job")
+    codes, log = jobs("train", *arguments, folder=tmp_path, processes=2)
+    assert codes == [2, 2]
+    assert log.count("error: ") == 1
+    assert "the loss is not finite" in log
+    assert "case_0" in log
+
+
+@pytest.mark.slow
+def test_out_of_memory_says_what_to_try(jobs, tiny_store, tmp_path):
+    arguments = ("--dataset", tiny_store, *SMALL, "--epochs", 1, "--crop", 1024, "--out", "job")
+    codes, log = jobs("train", *arguments, folder=tmp_path, memory=700 * 2**20)
+    assert codes == [2], log
+    assert "out of memory with 6 slices of 1024×1024" in log
+    assert "--accumulate 2, --batch_size 3" in log
+
+
+@pytest.mark.slow
+def test_a_job_without_its_server_trains_and_is_sent_later(jobs, tiny_store, tmp_path, monkeypatch):
+    import mlflow
+
+    arguments = ("--dataset", tiny_store, *SMALL, "--epochs", 2, "--experiment", "late", "--out", "job")
+    arguments += ("--tracking-uri", f"http://127.0.0.1:{free_port()}")
+    codes, log = jobs("train", *arguments, folder=tmp_path)
+    assert codes == [0]
+    assert "can't be reached, training goes on" in log
+    monkeypatch.chdir(tmp_path)
+    assert main(["track-sync", "job", "--tracking-uri", "sqlite:///late.db"]) == 0
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/late.db")
+    experiment = client.get_experiment_by_name("late")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    student = runs["student enet"]
+    assert student.data.tags["mlflow.parentRunId"] == runs["job"].info.run_id
+    assert [m.step for m in client.get_metric_history(student.info.run_id, "val/dice")] == [4, 8]
+    assert "best.safetensors" in {file.path for file in client.list_artifacts(student.info.run_id)}
+    assert main(["track-sync", "nowhere"]) == 2
