@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from spark_dist.distillers import DISTILLERS, build_distiller, distiller_settings
 from spark_dist.entries import entry_bytes
-from spark_dist.networks import build_network
+from spark_dist.networks import NETWORKS, build_network
 from spark_dist.teacher_cache import probe_targets
 
 CROP = (384, 384)
@@ -36,5 +37,34 @@ def methods_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def networks_table() -> str:
+    """What each network costs, and where its features are taken."""
+    lines = [
+        "# Networks",
+        "",
+        "One 384×384 slice at width 1; a multiply-add counts 2 (universeg: with 8 examples). A feature map is given as",
+        "channels×height×width; the crop's sides must be multiples of the stride. Each network compiles with",
+        "`torch.compile(network, fullgraph=True)`, as tests check. `spark-dist profile` measures memory and latency.",
+        "",
+        "| network | parameters | GFLOPs | low | high | stride |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in sorted(NETWORKS):
+        with torch.device("meta"):
+            network, image = build_network(name).eval(), torch.zeros(1, 1, *CROP)
+            if hasattr(network, "set_support"):
+                network.set_support(image.expand(8, -1, -1, -1), image.expand(8, -1, -1, -1))
+            with FlopCounterMode(display=False) as flops:
+                output = network(image)
+        low, high = ("×".join(map(str, t.shape[1:])) for t in (output.low, output.high))
+        parameters = sum(p.numel() for p in network.parameters())
+        gflops = flops.get_total_flops() / 1e9
+        lines.append(f"| `{name}` | {parameters:,} | {gflops:.3f} | {low} | {high} | {network.stride} |")
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {"methods.md": methods_table, "networks.md": networks_table}
+
 if __name__ == "__main__":
-    (Path(__file__).parent / "methods.md").write_text(methods_table())
+    for file, table in TABLES.items():
+        (Path(__file__).parent / file).write_text(table())

@@ -14,6 +14,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("SPARK_DIST_SHARED", ROOT.parent / "shared"))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--write-tables", action="store_true", help="write the tables of docs/ that tests make")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Real volumes and reference values that lie beside the repository."""

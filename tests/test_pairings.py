@@ -48,21 +48,60 @@ def step(method, student, teacher):
     return [key for key, p in model.named_parameters() if p.grad is None or torch.equal(p, before[key])]
 
 
+def problem(method, student, teacher):
+    """What is wrong with a pairing, or nothing."""
+    if method == "tfkd" and student != teacher:
+        with pytest.raises(UserError, match="same"):
+            step(method, tiny(student), tiny(teacher))
+        return ""
+    stuck = step(method, tiny(student), tiny(teacher))
+    return f"no step for {', '.join(stuck)}" if stuck else ""
+
+
+ROWS: dict[str, str] = {}
+"""Each network's row of docs/pairings.md, as its test has found it."""
+HEAD = """# Pairs of networks under every method
+
+For each network and method: **S** it learns from a U-Net, **T** it teaches an ENet: every parameter of student and
+method gets a gradient and changes in a step. `tfkd` wants teacher and student to be of one kind, and says so.
+
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("network", sorted(NETWORKS))
 def test_a_network_learns_and_teaches_with_every_method(network):
-    problems = {}
+    found = {}
     for method in sorted(DISTILLERS):
-        for student, teacher in ((network, "unet"), ("enet", network)):
-            if method == "tfkd" and student != teacher:
-                with pytest.raises(UserError, match="same"):
-                    step(method, tiny(student), tiny(teacher))
-                continue
-            if stuck := step(method, tiny(student), tiny(teacher)):
-                problems[method, student, teacher] = stuck
-    assert problems == {}
+        pairs = {"S": (network, "unet"), "T": ("enet", network)}
+        found[method] = {letter: problem(method, *pair) for letter, pair in pairs.items()}
+    marks = {
+        method: " ".join(letter if not wrong else f"{letter}: {wrong}" for letter, wrong in pairs.items())
+        for method, pairs in found.items()
+    }
+    if network not in ("unet", "enet"):
+        marks["tfkd"] = "–"
+    marks["tfkd"] = {"unet": "S", "enet": "T"}.get(network, marks["tfkd"])
+    ROWS[network] = f"| `{network}` | {' | '.join(marks.values())} |"
+    assert [wrong for pairs in found.values() for wrong in pairs.values() if wrong] == []
 
 
-def test_the_table_of_methods_is_up_to_date():
+@pytest.mark.slow
+def test_the_table_of_pairings_is_up_to_date(request):
+    if len(ROWS) < len(NETWORKS):
+        pytest.skip("only some of the networks were asked for")
+    lines = [
+        f"| | {' | '.join(f'`{method}`' for method in sorted(DISTILLERS))} |",
+        "|---" * (len(DISTILLERS) + 1) + "|",
+    ]
+    table = HEAD + "\n".join([*lines, *(ROWS[network] for network in sorted(NETWORKS))]) + "\n"
+    file = ROOT / "docs" / "pairings.md"
+    if request.config.getoption("--write-tables"):
+        file.write_text(table)
+    assert file.read_text() == table, "run pytest tests/test_pairings.py --write-tables"
+
+
+@pytest.mark.parametrize("file", ["methods.md", "networks.md"])
+def test_a_generated_table_is_up_to_date(file):
     generate = runpy.run_path(str(ROOT / "docs" / "generate.py"))
-    assert (ROOT / "docs" / "methods.md").read_text() == generate["methods_table"]()
+    assert (ROOT / "docs" / file).read_text() == generate["TABLES"][file]()
