@@ -63,9 +63,7 @@ def parser() -> argparse.ArgumentParser:
         required=True,
         help="how the folder is arranged. " + " ".join(f"{name}: {LAYOUTS[name].__doc__}" for name in sorted(LAYOUTS)),
     )
-    prepare.add_argument(
-        "--labels", required=True, help="source values of organ and tumour: organ=1,tumour=2 or organ=1+3"
-    )
+    prepare.add_argument("--labels", help="source values of organ and tumour: organ=1,tumour=2 or organ=1+3")
     prepare.add_argument("--other", choices=["background"], help="take undeclared label values as background")
     prepare.add_argument(
         "--window",
@@ -75,6 +73,21 @@ def parser() -> argparse.ArgumentParser:
     prepare.add_argument("--channel", type=at_least(0), help="which channel, from 0; needed for images with several")
     prepare.add_argument("--image-pattern", help='layout pairs: images below the folder, like "ct/{case}.nii.gz"')
     prepare.add_argument("--label-pattern", help='layout pairs: labels below the folder, like "organs/{case}.nii.gz"')
+    prepare.add_argument(
+        "--unlabelled",
+        action="store_true",
+        help="take volumes without a label too, for prediction; without any label, --labels can be left out",
+    )
+    prepare.add_argument(
+        "--size", help="resample slices in their plane to 512, or ROWS,COLUMNS: images linearly, labels to the nearest"
+    )
+    prepare.add_argument(
+        "--spacing", help="X,Y,Z in mm along a file's axes, for files whose header has none (LiTS volumes 28 to 47)"
+    )
+    prepare.add_argument("--only", help="prepare these cases alone: case_00001,case_0002? (* and ? as in a shell)")
+    prepare.add_argument(
+        "--part", help="K/N: the k-th of n parts of the cases, so that n machines can fill one store at the same time"
+    )
     prepare.add_argument(
         "--workers", type=at_least(1), help="number of parallel processes, one case in each (default: one per core)"
     )
@@ -157,16 +170,23 @@ def run_prepare(options: argparse.Namespace) -> int:
     patterns = (options.image_pattern, options.label_pattern)
     if options.layout != "pairs" and any(patterns):
         raise UserError(f"--image-pattern and --label-pattern belong to --layout pairs, not {options.layout}")
+    if options.labels is None and not options.unlabelled:
+        raise UserError("--labels: say which values of the label files are what, like organ=1,tumour=2")
+    part = prepare.parse_part(options.part)
     settings = prepare.Options(
         store=options.store,
-        labels=prepare.parse_labels(options.labels),
+        labels=prepare.parse_labels(options.labels) if options.labels is not None else {},
         other=options.other == "background",
         window=prepare.parse_window(options.window, options.layout, options.input),
         channel=options.channel,
+        size=prepare.parse_size(options.size),
+        layout=options.layout,
+        patterns=patterns if options.layout == "pairs" else None,
+        spacing=prepare.parse_spacing(options.spacing),
     )
-    sources = prepare.find_sources(options.input, options.layout, patterns)
-    workers = options.workers or prepare.default_workers()
-    return 1 if prepare.prepare(options.layout, sources, settings, workers) else 0
+    sources = prepare.find_sources(options.input, options.layout, patterns, options.channel, options.unlabelled)
+    sources = prepare.choose(sources, options.only, part)
+    return 1 if prepare.prepare(sources, settings, options.workers or prepare.default_workers()) else 0
 
 
 def run_split(options: argparse.Namespace) -> int:

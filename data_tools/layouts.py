@@ -16,50 +16,83 @@ class Source:
 
     case: str
     image: Path
-    label: Path
+    label: Path | None
+    """None for a volume that is not meant to have one, such as those of a challenge's test set."""
 
 
 def find_kits(root: Path) -> list[Source]:
-    """KiTS19, case_00000/imaging.nii.gz and segmentation.nii.gz."""
-    folders = (folder for folder in sorted(root.glob("case_*")) if folder.is_dir())
-    return [
-        Source(folder.name, image, label)
-        for folder in folders
-        for image in nifti(folder / "imaging")
-        for label in nifti(folder / "segmentation")
-    ]
+    """KiTS19, 21 and 23, case_00000/imaging.nii.gz and segmentation.nii.gz or aggregated_MAJ_seg.nii.gz, also below
+    the data/ or dataset/ of a clone."""
+    found = []
+    for place in (root, root / "data", root / "dataset", root / "kits21" / "data"):
+        for folder in (folder for folder in sorted(place.glob("case_*")) if folder.is_dir()):
+            # KiTS21 asked three people for each structure, and this is what most of them said.
+            majority = [file for file in nifti(folder / "aggregated_MAJ_seg") if file.exists()]
+            labels = [file for file in nifti(folder / "segmentation") if file.exists() or not majority]
+            found += pairs_of(folder.name, nifti(folder / "imaging"), labels + majority)
+    return found
 
 
 def find_lits(root: Path) -> list[Source]:
-    """LiTS, volume-N.nii and segmentation-N.nii, in one folder or in data/ and segmentation/."""
+    """LiTS, volume-N.nii and segmentation-N.nii, in one folder, in data/ and segmentation/, or in the download's
+    Training Batch 1 and 2; test-volume-N.nii has no label."""
+    batches = [folder for folder in sorted(root.glob("Training[ _-]*[12]")) if folder.is_dir()]
+    places = [(root, root), (root / "data", root / "segmentation"), *((folder, folder) for folder in batches)]
     found = []
-    for images, labels in ((root, root), (root / "data", root / "segmentation")):
+    for images, labels in places:
         for image in sorted(images.glob("volume-*")):
             if number := re.fullmatch(r"volume-(\d+)\.nii(\.gz)?", image.name):
                 case = f"volume-{int(number[1]):03}"
-                found += [Source(case, image, label) for label in nifti(labels / f"segmentation-{number[1]}")]
+                found += pairs_of(case, [image], nifti(labels / f"segmentation-{number[1]}"))
+    for images in (root, root / "data", *(folder for folder in sorted(root.glob("Test*")) if folder.is_dir())):
+        for image in sorted(images.glob("test-volume-*")):
+            if number := re.fullmatch(r"test-volume-(\d+)\.nii(\.gz)?", image.name):
+                found.append(Source(f"test-volume-{int(number[1]):03}", image, None))
     return found
 
 
 def find_msd(root: Path) -> list[Source]:
-    """Medical Segmentation Decathlon, the pairs under `training` in dataset.json."""
+    """Medical Segmentation Decathlon, the pairs under `training` in dataset.json; those under `test` have no label."""
+    description = dataset_json(root, "msd")
     found = []
-    for pair in msd_description(root).get("training", []):
-        try:
-            image, label = Path(pair["image"]), Path(pair["label"])
-        except (TypeError, KeyError):
-            raise UserError(f"{root}/dataset.json: {pair} under training is no pair of image and label") from None
-        found.append(Source(re.sub(r"\.nii(\.gz)?$", "", image.name), root / image, root / label))
+    try:
+        for pair in description.get("training", []):
+            image = root / pair["image"]
+            found.append(Source(stem(image), image, root / pair["label"]))
+        for entry in description.get("test", []):
+            image = root / (entry["image"] if isinstance(entry, dict) else entry)
+            found.append(Source(stem(image), image, None))
+    except (TypeError, KeyError, AttributeError):
+        raise UserError(
+            f'{root}/dataset.json: training must be a list of {{"image": …, "label": …}}, and test one of images'
+        ) from None
     return found
 
 
-def msd_description(root: Path) -> dict:
-    """What dataset.json says."""
-    file = root / "dataset.json"
-    try:
-        return dict(json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file}: the msd layout needs this file ({error})") from None
+def find_nnunet(root: Path, channel: int | None = None) -> list[Source]:
+    """nnU-Net (both versions), imagesTr/CASE_0000.nii.gz and labelsTr/CASE.nii.gz; --channel 1 takes CASE_0001;
+    imagesTs has no label."""
+    ending = str(dataset_json(root, "nnunet").get("file_ending", ".nii.gz"))
+    if ending not in (".nii.gz", ".nii"):
+        raise UserError(f"{root}/dataset.json: images that end in {ending}; convert them to .nii.gz")
+    found = []
+    for folder, labels in (("imagesTr", "labelsTr"), ("imagesTs", None)):
+        channels: dict[str, list[int]] = {}
+        for image in sorted((root / folder).glob(f"*_????{ending}")):
+            if part := re.fullmatch(r"(.+)_(\d{4})", image.name.removesuffix(ending)):
+                channels.setdefault(part[1], []).append(int(part[2]))
+        # A label without an image is a case too, that lacks its image.
+        if labels:
+            for label in sorted((root / labels).glob(f"*{ending}")):
+                channels.setdefault(label.name.removesuffix(ending), [channel or 0])
+        several = sorted({number for numbers in channels.values() for number in numbers})
+        if len(several) > 1 and channel is None:
+            choices = ", ".join(map(str, several))
+            raise UserError(f"{root}/{folder}: has channels {choices}; pick one with --channel {several[0]}")
+        for case in channels:
+            image = root / folder / f"{case}_{channel if channel is not None else several[0]:04}{ending}"
+            found.append(Source(case, image, root / labels / f"{case}{ending}" if labels else None))
+    return found
 
 
 def find_pairs(root: Path, image_pattern: str | None, label_pattern: str | None) -> list[Source]:
@@ -82,11 +115,39 @@ LAYOUTS: dict[str, Callable[..., list[Source]]] = {
     "kits": find_kits,
     "lits": find_lits,
     "msd": find_msd,
+    "nnunet": find_nnunet,
     "pairs": find_pairs,
 }
 
 
-def nifti(stem: Path) -> list[Path]:
-    """`stem`.nii.gz and `stem`.nii, whichever are there; the first if neither is."""
-    files = [stem.with_name(stem.name + suffix) for suffix in (".nii.gz", ".nii")]
+def dataset_json(root: Path, layout: str) -> dict:
+    """What dataset.json says, which the Decathlon and nnU-Net have."""
+    file = root / "dataset.json"
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file}: the {layout} layout needs this file ({error})") from None
+
+
+def modality(root: Path, layout: str) -> str:
+    """How the images were made, as dataset.json says it: CT, MRI, …; "" where nothing does."""
+    if layout not in ("msd", "nnunet"):
+        return ""
+    description = dataset_json(root, layout)
+    return str(description.get("channel_names", description.get("modality", "")))
+
+
+def pairs_of(case: str, images: list[Path], labels: list[Path]) -> list[Source]:
+    """Every image with every label: one source if all is as it should be."""
+    return [Source(case, image, label) for image in images for label in labels]
+
+
+def nifti(path: Path) -> list[Path]:
+    """`path`.nii.gz and `path`.nii, whichever are there; the first if neither is."""
+    files = [path.with_name(path.name + suffix) for suffix in (".nii.gz", ".nii")]
     return [file for file in files if file.exists()] or files[:1]
+
+
+def stem(path: Path) -> str:
+    """A file's name without its endings."""
+    return re.sub(r"\.nii(\.gz)?$", "", path.name)

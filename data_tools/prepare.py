@@ -1,5 +1,6 @@
 """NIfTI volumes to a slice store, case by case in parallel processes."""
 
+import errno
 import fcntl
 import math
 import multiprocessing
@@ -7,22 +8,24 @@ import os
 import signal
 import sys
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import zarr
 
-from .errors import UserError
-from .layouts import LAYOUTS, Source, msd_description
+from .errors import UserError, unknown_name
+from .layouts import LAYOUTS, Source, modality
 from .report import case_row, cases_table, console, progress, window_text
-from .store import create_store, open_store, write_case
+from .store import create_store, read_attributes, read_case, write_case
 from .volumes import (
     check_same_grid,
     read_header,
@@ -50,8 +53,23 @@ class Options:
     channel: int | None = None
     size: tuple[int, int] | None = None
     """Rows and columns that all slices are resampled to."""
+    layout: str = "kits"
+    patterns: tuple[str, str] | None = None
+    """Images and labels in layout pairs."""
     spacing: tuple[float, float, float] | None = None
     """mm along a file's axes, for files that do not know theirs."""
+
+    def facts(self) -> dict[str, Any]:
+        """What a store remembers of them: all cases of a store are made alike."""
+        facts = {"labels": self.labels, "other": self.other, "window": self.window, "layout": self.layout}
+        further = {"channel": self.channel, "size": self.size, "patterns": self.patterns}
+        return facts | {key: value for key, value in further.items() if value is not None}
+
+
+def options_of(store: Path) -> Options:
+    """The options that a store was made with. Raises `UserError`."""
+    facts = read_attributes(store)
+    return Options(store, **{field.name: facts[field.name] for field in fields(Options) if field.name in facts})
 
 
 class Result(NamedTuple):
@@ -86,8 +104,7 @@ def parse_window(text: str | None, layout: str, root: Path) -> dict[str, Any]:
     """`LOW,HIGH` or `percentile`; without it the layout's own, percentiles for MR. Raises `UserError`."""
     if text is None:
         low, high = HU_WINDOWS.get(layout, HU_WINDOWS["kits"])
-        modality = str(msd_description(root).get("modality")) if layout == "msd" else ""
-        text = "percentile" if "MR" in modality.upper() else f"{low},{high}"
+        text = "percentile" if "MR" in modality(root, layout).upper() else f"{low},{high}"
     if text == "percentile":
         return {"kind": "percentile", "low": PERCENTILES[0], "high": PERCENTILES[1]}
     try:
@@ -99,28 +116,92 @@ def parse_window(text: str | None, layout: str, root: Path) -> dict[str, Any]:
     return {"kind": "fixed", "low": low, "high": high}
 
 
-def find_sources(root: Path, layout: str, patterns: Sequence[str | None]) -> list[Source]:
-    """The cases of a data set. Raises `UserError` if there is none."""
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """`512` or `512,384` (rows, columns). Raises `UserError`."""
+    if text is None:
+        return None
+    try:
+        numbers = [int(number) for number in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2) or not all(0 < number < 2**15 for number in numbers):
+        raise UserError(f"--size {text}: write 512, or ROWS,COLUMNS")
+    return numbers[0], numbers[-1]
+
+
+def parse_spacing(text: str | None) -> tuple[float, float, float] | None:
+    """`0.7,0.7,2.5`, mm along the three axes of a file. Raises `UserError`."""
+    if text is None:
+        return None
+    try:
+        numbers = tuple(float(number) for number in text.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) != 3 or not all(0 < number < 1e3 for number in numbers):
+        raise UserError(f"--spacing {text}: write three lengths in mm, along the file's axes, like 0.7,0.7,2.5")
+    return numbers
+
+
+def parse_part(text: str | None) -> tuple[int, int] | None:
+    """`3/8` to (3, 8). Raises `UserError`."""
+    if text is None:
+        return None
+    numbers = [int(number) if number.isdecimal() else 0 for number in text.split("/")]
+    if len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1]:
+        raise UserError(f"--part {text}: write K/N with K from 1 to N, like 1/8 … 8/8")
+    return numbers[0], numbers[1]
+
+
+def find_sources(
+    root: Path,
+    layout: str,
+    patterns: Sequence[str | None] | None = None,
+    channel: int | None = None,
+    unlabelled: bool = False,
+) -> list[Source]:
+    """The cases of a data set; volumes without a label too if `unlabelled`. Raises `UserError` if there is none."""
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
-    sources = LAYOUTS[layout](root, *(patterns if layout == "pairs" else ()))
+    more = {"pairs": patterns or (None, None), "nnunet": (channel,)}
+    sources = LAYOUTS[layout](root, *more.get(layout, ()))
+    if unlabelled:
+        sources = [s if s.label and s.label.is_file() else replace(s, label=None) for s in sources]
+    else:
+        sources = [source for source in sources if source.label]
     if not sources:
-        raise UserError(f"{root}: no case in layout {layout} ({LAYOUTS[layout].__doc__.splitlines()[0]})")
+        raise UserError(f"{root}: no case in layout {layout} ({' '.join(LAYOUTS[layout].__doc__.split())})")
     return sources
 
 
-def prepare(layout: str, sources: Sequence[Source], options: Options, workers: int) -> int:
+def choose(sources: Sequence[Source], only: str | None, part: tuple[int, int] | None) -> list[Source]:
+    """The sources of the cases `only` names (separated by commas, * and ? allowed), and of these part k of n.
+
+    Raises `UserError` for a name that is no case's.
+    """
+    names = sorted({source.case for source in sources})
+    if only is not None:
+        chosen = set()
+        for pattern in filter(None, (pattern.strip() for pattern in only.split(","))):
+            matching = [name for name in names if fnmatchcase(name, pattern)]
+            if not matching:
+                raise UserError(f"--only {only}: {unknown_name('case', pattern, names)}")
+            chosen.update(matching)
+        names = sorted(chosen)
+    if part is not None:
+        names = names[part[0] - 1 :: part[1]]
+    return [source for source in sources if source.case in set(names)]
+
+
+def prepare(sources: Sequence[Source], options: Options, workers: int) -> int:
     """Prepare all cases that are not there yet, print a table, and return how many failed.
 
-    Raises `UserError` if the store was made with other options, or another process is preparing it.
+    Others may prepare into the same store at the same time, from here or from other machines. Raises `UserError` if
+    the store was made with other options.
     """
-    facts = {"labels": options.labels, "other": options.other, "window": options.window, "layout": layout}
-    if options.channel is not None:
-        facts["channel"] = options.channel
-    create_store(options.store, facts)
+    create_store(options.store, options.facts())
     single, double = separate_doubles(sources)
     done: dict[str, Result] = {}
-    with sole_writer(options.store), progress(len(single) + len(double), "prepare") as bar:
+    with progress(len(single) + len(double), "prepare") as bar:
         for result in (*double, *results(single, options, workers)):
             done[result.case] = result
             if result.status == "failed":
@@ -139,21 +220,24 @@ def separate_doubles(sources: Sequence[Source]) -> tuple[list[Source], list[Resu
     for case, group in groups.items():
         if len(group) > 1:
             images, labels = ({getattr(source, kind) for source in group} for kind in ("image", "label"))
-            files = " and ".join(map(str, sorted(images if len(images) > 1 else labels)))
+            files = " and ".join(sorted(map(str, images if len(images) > 1 else labels - {None})))
             doubles.append(Result(case, "failed", f"{files} have one case name; rename or remove all but one"))
     return [group[0] for group in groups.values() if len(group) == 1], doubles
 
 
 @contextmanager
-def sole_writer(store: Path) -> Iterator[None]:
-    """Hold the store's lock. Raises `UserError` if another process has it; it ends with the process."""
-    with open(store / "zarr.json", "r+") as file:
+def case_lock(store: Path, case: str) -> Iterator[None]:
+    """Wait until no other process, here or on another machine, prepares this case; it ends with the process.
+
+    It is a lock on one byte of a file that nothing else opens: record locks are what network file systems share, and a
+    process loses its own as soon as it closes that file.
+    """
+    with open(store / ".lock", "a+b") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{store}: another spark-data prepare is writing to it; wait until it has ended") from None
-        except OSError:
-            pass  # This file system has no locks.
+            fcntl.lockf(file, fcntl.LOCK_EX, 1, zlib.crc32(case.encode()) & 0x7FFFFFFF)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                raise  # Those: this file system has no locks.
         yield
 
 
@@ -192,13 +276,11 @@ def start_worker() -> None:
 def prepare_case(source: Source, options: Options) -> Result:
     """Write one case unless it is there already."""
     try:
-        for path in (source.image, source.label):
-            if not path.is_file():
-                raise UserError(f"{path}: no such file; put it there, or take the case out")
-        hashes = {"image_sha256": sha256(source.image), "label_sha256": sha256(source.label)}
-        if is_there(source.case, hashes, options.store):
-            return Result(source.case, "unchanged")
-        return Result(source.case, "prepared", write(source, hashes, options))
+        hashes = source_hashes(source)
+        with case_lock(options.store, source.case):
+            if is_there(source.case, hashes, options):
+                return Result(source.case, "unchanged")
+            return Result(source.case, "prepared", write(source, hashes, options))
     except UserError as error:
         return Result(source.case, "failed", str(error))
     except OSError as error:
@@ -209,13 +291,27 @@ def prepare_case(source: Source, options: Options) -> Result:
         return Result(source.case, "failed", f"{source.image}: does not fit into memory; use fewer --workers")
 
 
-def is_there(case: str, hashes: dict[str, str], store: Path) -> bool:
-    """Whether the store has this case, made of these files."""
+def source_hashes(source: Source) -> dict[str, str]:
+    """The hashes of a case's files. Raises `UserError` if one is missing."""
+    if not source.image.is_file():
+        raise UserError(f"{source.image}: no such file; put it there, or take the case out")
+    if source.label and not source.label.is_file():
+        raise UserError(f"{source.label}: no such file; put it there, or pass --unlabelled to store it for prediction")
+    files = {"image": source.image} | ({"label": source.label} if source.label else {})
+    return {f"{kind}_sha256": sha256(path) for kind, path in files.items()}
+
+
+def is_there(case: str, hashes: dict[str, str], options: Options) -> bool:
+    """Whether the store has this case, made of these files, and with this spacing if they know none."""
     try:
-        known = open_store(store, only=case).cases
+        known = read_case(options.store, case)
     except UserError:
         return False
-    return case in known and all(known[case].source.get(key) == value for key, value in hashes.items())
+    if known is None or {key: value for key, value in known.source.items() if key.endswith("_sha256")} != hashes:
+        return False
+    if options.spacing is None or not known.source["image"]["lacks_spacing"]:
+        return True
+    return np.allclose(np.linalg.norm(np.array(known.source["image"]["affine"])[:3, :3], axis=0), options.spacing)
 
 
 def write(source: Source, hashes: dict[str, str], options: Options) -> str:
@@ -265,20 +361,17 @@ def resolve_window(window: dict[str, Any], voxels: np.ndarray, path: Path) -> tu
 
 def summary(options: Options, done: dict[str, Result]) -> None:
     """A table of the cases, the notes on them, and a line with their numbers."""
-    try:
-        cases = open_store(options.store).cases
-    except UserError:
-        cases = {}
+    cases = {name: read_case(options.store, name) for name, r in done.items() if r.status != "failed"}
     table = cases_table(str(options.store), ["status"])
     for name, result in sorted(done.items()):
-        row = case_row(cases[name]) if name in cases else [name, *[""] * 7]
+        row = case_row(cases[name]) if cases.get(name) else [name, *[""] * 7]
         table.add_row(*row, result.status)
     console.print(table)
     for name, result in sorted(done.items()):
         if result.note and result.status != "failed":
             console.print(f"note: {name}: {result.note}")
     counts = Counter(result.status for result in done.values())
-    others = len(set(cases) - set(done))
+    others = sum(folder.name not in done for folder in (options.store / "cases").iterdir() if folder.is_dir())
     console.print(
         f"{len(done)} cases: "
         + ", ".join(f"{counts[status]} {status}" for status in ("prepared", "unchanged", "failed"))

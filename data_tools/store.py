@@ -277,7 +277,13 @@ def open_store(path: Path, only: str = "*") -> Store:
 def read_case(path: Path, name: str) -> Case | None:
     """A case of the store at `path`; None if it is not complete. Raises `UserError` if its metadata are damaged."""
     folder = Path(path) / "cases" / name
-    if not (folder / "zarr.json").exists() or not (facts := read_sealed(folder)):
+    try:
+        facts = read_sealed(folder)
+    except UserError:
+        if (folder / "zarr.json").exists():
+            raise
+        facts = {}  # It is not there, or somebody is preparing it again right now.
+    if not facts:
         return None
     array = _read_json(folder / "image" / "zarr.json")
     return Case(

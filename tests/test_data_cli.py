@@ -20,7 +20,7 @@ def options():
 @pytest.mark.parametrize(("command", "option"), options(), ids=lambda part: getattr(part, "dest", part))
 def test_every_option_has_help(command, option):
     assert option.help
-    if option.default not in (None, argparse.SUPPRESS):
+    if option.default not in (None, argparse.SUPPRESS) and option.default is not False:
         assert f"default {option.default}" in option.help
 
 
@@ -35,6 +35,9 @@ def test_every_option_has_help(command, option):
         "phantom OUT --size ten",
         "prepare IN OUT --layout kits",
         "prepare IN OUT --layout nnunet --labels organ=1",
+        "prepare IN OUT --layout kits --labels organ=1 --part 2/1",
+        "prepare IN OUT --layout kits --labels organ=1 --size x",
+        "prepare IN OUT --layout kits --labels organ=1 --spacing 1",
         "prepare IN OUT --layout kits --labels organ=1 --other ignore",
         "prepare IN OUT --layout kits --labels organ=1 --workers 0",
         "prepare IN OUT --layout kits --labels organ=1 --channel -1",

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from data_tools.errors import UserError
-from data_tools.layouts import LAYOUTS, find_kits, find_lits, find_msd, find_pairs
+from data_tools.layouts import LAYOUTS, find_kits, find_lits, find_msd, find_nnunet, find_pairs, modality
 from data_tools.prepare import find_sources
 
 
@@ -18,7 +18,10 @@ def touch(tmp_path):
 
 
 def listed(sources, root):
-    return [(s.case, s.image.relative_to(root).as_posix(), s.label.relative_to(root).as_posix()) for s in sources]
+    return [
+        (s.case, s.image.relative_to(root).as_posix(), s.label and s.label.relative_to(root).as_posix())
+        for s in sources
+    ]
 
 
 def test_kits(tmp_path, touch):
@@ -29,6 +32,22 @@ def test_kits(tmp_path, touch):
         ("case_00001", "case_00001/imaging.nii", "case_00001/segmentation.nii.gz"),
         ("case_00002", "case_00002/imaging.nii.gz", "case_00002/segmentation.nii"),
     ]
+
+
+@pytest.mark.parametrize("place", ["", "data/", "dataset/", "kits21/data/"])
+def test_kits_21_and_clones(tmp_path, touch, place):
+    case = f"{place}case_00000/"
+    touch(f"{case}imaging.nii.gz", f"{case}aggregated_MAJ_seg.nii.gz", f"{case}aggregated_OR_seg.nii.gz")
+    touch(f"{case}segmentations/kidney_instance-1_annotation-1.nii.gz", f"{place}case_00001/imaging.nii.gz")
+    assert listed(find_kits(tmp_path), tmp_path) == [
+        ("case_00000", f"{case}imaging.nii.gz", f"{case}aggregated_MAJ_seg.nii.gz"),
+        ("case_00001", f"{place}case_00001/imaging.nii.gz", f"{place}case_00001/segmentation.nii.gz"),
+    ]
+
+
+def test_kits_with_labels_of_two_kinds(tmp_path, touch):
+    touch("case_00000/imaging.nii.gz", "case_00000/aggregated_MAJ_seg.nii.gz", "case_00000/segmentation.nii.gz")
+    assert [s.case for s in find_kits(tmp_path)] == ["case_00000"] * 2
 
 
 def test_kits_with_two_files_of_a_kind(tmp_path, touch):
@@ -45,13 +64,48 @@ def test_lits(tmp_path, touch, images, labels):
     ]
 
 
+def test_lits_as_downloaded(tmp_path, touch):
+    touch("Training Batch 1/volume-0.nii", "Training Batch 1/segmentation-0.nii", "Training Batch 2/volume-28.nii")
+    touch("Training Batch 2/segmentation-28.nii", "Test Data/test-volume-3.nii", "test-volume-4.nii.gz")
+    assert sorted(listed(find_lits(tmp_path), tmp_path)) == [
+        ("test-volume-003", "Test Data/test-volume-3.nii", None),
+        ("test-volume-004", "test-volume-4.nii.gz", None),
+        ("volume-000", "Training Batch 1/volume-0.nii", "Training Batch 1/segmentation-0.nii"),
+        ("volume-028", "Training Batch 2/volume-28.nii", "Training Batch 2/segmentation-28.nii"),
+    ]
+
+
+def test_nnunet(tmp_path, touch):
+    (tmp_path / "dataset.json").write_text(json.dumps({"channel_names": {"0": "MRI"}, "file_ending": ".nii.gz"}))
+    touch("imagesTr/a_1_0000.nii.gz", "labelsTr/a_1.nii.gz", "labelsTr/b.nii.gz", "imagesTs/c_0000.nii.gz")
+    touch("imagesTr/notes.txt", "labelsTr/x.nii")
+    assert listed(find_nnunet(tmp_path), tmp_path) == [
+        ("a_1", "imagesTr/a_1_0000.nii.gz", "labelsTr/a_1.nii.gz"),
+        ("b", "imagesTr/b_0000.nii.gz", "labelsTr/b.nii.gz"),
+        ("c", "imagesTs/c_0000.nii.gz", None),
+    ]
+    assert modality(tmp_path, "nnunet") == "{'0': 'MRI'}"
+    touch("imagesTr/a_1_0001.nii.gz")
+    with pytest.raises(UserError, match=r"imagesTr: has channels 0, 1; pick one with --channel 0"):
+        find_nnunet(tmp_path)
+    assert [s.image.name for s in find_nnunet(tmp_path, 1)] == ["a_1_0001.nii.gz", "b_0001.nii.gz", "c_0001.nii.gz"]
+    (tmp_path / "dataset.json").write_text(json.dumps({"file_ending": ".png"}))
+    with pytest.raises(UserError, match=r"dataset\.json: images that end in \.png"):
+        find_nnunet(tmp_path)
+
+
 def test_msd(tmp_path):
     pair = {"image": "./imagesTr/liver_1.nii.gz", "label": "./labelsTr/liver_1.nii.gz"}
     (tmp_path / "dataset.json").write_text(json.dumps({"training": [pair], "test": ["./imagesTs/liver_2.nii.gz"]}))
-    assert listed(find_msd(tmp_path), tmp_path) == [("liver_1", "imagesTr/liver_1.nii.gz", "labelsTr/liver_1.nii.gz")]
+    assert listed(find_msd(tmp_path), tmp_path) == [
+        ("liver_1", "imagesTr/liver_1.nii.gz", "labelsTr/liver_1.nii.gz"),
+        ("liver_2", "imagesTs/liver_2.nii.gz", None),
+    ]
 
 
-@pytest.mark.parametrize("content", [None, "{", "[1]", '{"training": ["a.nii.gz"]}', '{"training": [{"image": "a"}]}'])
+@pytest.mark.parametrize(
+    "content", [None, "{", "[1]", '{"training": ["a.nii.gz"]}', '{"training": [{"image": "a"}]}', '{"test": [1]}']
+)
 def test_msd_without_a_good_description(tmp_path, content):
     if content:
         (tmp_path / "dataset.json").write_text(content)
@@ -89,9 +143,16 @@ def test_pairs_need_two_patterns(tmp_path, patterns):
         find_pairs(tmp_path, *patterns)
 
 
-@pytest.mark.parametrize("layout", sorted(set(LAYOUTS) - {"msd"}))
+@pytest.mark.parametrize("layout", sorted(set(LAYOUTS) - {"msd", "nnunet"}))
 def test_nothing_there(tmp_path, layout):
     with pytest.raises(UserError, match=f"no case in layout {layout}"):
         find_sources(tmp_path, layout, ("{case}.nii", "{case}_seg.nii"))
     with pytest.raises(UserError, match="no such folder"):
         find_sources(tmp_path / "missing", layout, ("{case}.nii", "{case}_seg.nii"))
+
+
+def test_unlabelled_volumes_are_asked_for(tmp_path, touch):
+    touch("volume-1.nii", "segmentation-1.nii", "volume-2.nii", "test-volume-3.nii")
+    assert [s.case for s in find_sources(tmp_path, "lits")] == ["volume-001", "volume-002"]
+    found = {s.case: s.label and s.label.name for s in find_sources(tmp_path, "lits", unlabelled=True)}
+    assert found == {"volume-001": "segmentation-1.nii", "volume-002": None, "test-volume-003": None}

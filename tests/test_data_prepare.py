@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from nifti_cases import AFFINE, all_files, at_world_places, read, rewrite_json, 
 
 from data_tools.cli import main
 from data_tools.errors import UserError
-from data_tools.prepare import parse_labels, parse_window, sole_writer
+from data_tools.prepare import parse_labels, parse_window
 from data_tools.store import open_store
 
 LABELS = ("--labels", "organ=1,tumour=2")
@@ -335,12 +336,94 @@ def test_notes_are_printed(kits, prepare):
     assert note.startswith("note: case_00001: stored as float32 with a relative error of up to 1e-08")
 
 
-def test_one_run_at_a_time(kits, prepare, tmp_path):
-    prepare_kits(prepare, kits)
-    with sole_writer(tmp_path / "s.zarr"):
-        code, _, err = prepare_kits(prepare, kits)
+def test_unlabelled_volumes(kits, prepare, tmp_path):
+    (kits / "case_00001" / "segmentation.nii.gz").unlink()
+    code, _, err = prepare_kits(prepare, kits)
+    assert code == 1
+    assert "case_00001/segmentation.nii.gz: no such file; put it there, or pass --unlabelled to store it" in err[0]
+    code, out, _ = prepare_kits(prepare, kits, "--unlabelled")
+    assert code == 0
+    assert "1 prepared, 2 unchanged, 0 failed" in out[-1]
+    store = open_store(tmp_path / "s.zarr")
+    assert [case.labelled for case in store.cases.values()] == [True, False, True]
+    image = at_world_places(store.cases["case_00001"], kits / "case_00001" / "imaging.nii.gz")
+    np.testing.assert_array_equal(read(store.path, "case_00001", "image"), image)
+    save(kits / "case_00001" / "segmentation.nii.gz", np.ones((12, 10, 6), np.uint8))
+    assert "1 prepared, 2 unchanged" in prepare_kits(prepare, kits)[1][-1]
+    assert open_store(tmp_path / "s.zarr").cases["case_00001"].labelled
+    for case in kits.iterdir():
+        (case / "segmentation.nii.gz").unlink()
+    assert prepare(kits, "--layout", "kits", "--unlabelled", store="bare.zarr")[0] == 0
+
+
+@pytest.mark.parametrize("size", [(7, 19), (24, 20), (10, 12), (4, 8)])
+def test_slices_of_another_size_cover_the_same_place(prepare, tmp_path, size):
+    """A volume that is linear in the world's coordinates stays so under linear resampling, up to the border."""
+    affine = np.array([[-0.8, 0.1, 0, 90], [0.1, -0.7, 0, 60], [0, 0, 2.5, -200], [0, 0, 0, 1]])
+    shape, slope, folder = (12, 10, 6), np.array([3.0, -5.0, 2.0]), tmp_path / "in/case_1"
+
+    def values(affine, shape):
+        return np.tensordot(slope @ affine[:3, :3], np.indices(shape), 1) + slope @ affine[:3, 3] + 0.1
+
+    label = np.zeros(shape, np.uint8)
+    label[3:9, 2:8] = 1
+    save(folder / "imaging.nii.gz", values(affine, shape), affine)
+    save(folder / "segmentation.nii.gz", label, affine)
+    code, out, _ = prepare(tmp_path / "in", "--layout", "kits", *LABELS, "--size", ",".join(map(str, size)))
+    assert code == 0
+    case = open_store(tmp_path / "s.zarr").cases["case_1"]
+    assert case.shape == (6, *size)
+    assert any("resampled from 10×12" in line for line in out) == (size != (10, 12))
+    corners = [affine @ (*end, 0, 1) for end in ((-0.5, -0.5), (11.5, 9.5))]  # of the outer pixels
+    stored = [case.affine @ (5, *end, 1) for end in ((-0.5, -0.5), (size[0] - 0.5, size[1] - 0.5))]
+    np.testing.assert_allclose(stored, corners, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(case.affine[:3, :3], axis=0), case.spacing)
+    inner = np.s_[:, size[0] // 10 + 1 : -size[0] // 10 - 1, size[1] // 10 + 1 : -size[1] // 10 - 1]
+    image = read(tmp_path / "s.zarr", "case_1", "image")
+    np.testing.assert_allclose(image[inner], values(case.affine, case.shape)[inner], atol=2e-2)
+    row, column = (np.rint((np.arange(n) + 0.5) * m / n - 0.5) for n, m in zip(size, (10, 12), strict=True))
+    inside = ((row >= 2) & (row < 8))[:, None] & ((column >= 3) & (column < 9))
+    np.testing.assert_array_equal(read(tmp_path / "s.zarr", "case_1", "label")[0], inside)
+
+
+def test_spacing_for_files_that_have_none(prepare, tmp_path):
+    for k, affine in enumerate((np.eye(4), AFFINE)):
+        save(tmp_path / f"lits/volume-{k}.nii", np.ones((4, 5, 6), np.int16), affine)
+        save(tmp_path / f"lits/segmentation-{k}.nii", np.ones((4, 5, 6), np.uint8), affine)
+
+    def prepare_lits(*more):
+        return prepare(tmp_path / "lits", "--layout", "lits", *LABELS, *more)
+
+    _, out, _ = prepare_lits()
+    (note,) = (line for line in out if line.startswith("note: "))
+    assert note.startswith("note: volume-000: the header has no spacing")
+    _, out, _ = prepare_lits("--spacing", "0.5,0.75,5")
+    assert "1 prepared, 1 unchanged" in out[-1]
+    cases = open_store(tmp_path / "s.zarr").cases
+    assert cases["volume-000"].spacing == pytest.approx((5, 0.75, 0.5))
+    assert cases["volume-001"].spacing == pytest.approx((2.5, 0.7, 0.8))
+    assert "2 unchanged" in prepare_lits("--spacing", "0.5,0.75,5")[1][-1]
+    assert "2 unchanged" in prepare_lits()[1][-1]
+
+
+def test_only_some_cases(prepare, tmp_path):
+    kits = save_kits(tmp_path / "kits", 12)
+    assert "2 cases: 2 prepared" in prepare_kits(prepare, kits, "--only", "case_00003,case_00001")[1][-1]
+    assert list(open_store(tmp_path / "s.zarr").cases) == ["case_00001", "case_00003"]
+    out = prepare_kits(prepare, kits, "--only", "case_0001?,case_00001")[1]
+    assert "3 cases: 2 prepared, 1 unchanged, 0 failed; 1 more in the store" in out[-1]
+    code, _, err = prepare_kits(prepare, kits, "--only", "case_0003")
     assert code == 2
-    assert err == [f"error: {tmp_path}/s.zarr: another spark-data prepare is writing to it; wait until it has ended"]
+    assert err[0].startswith("error: --only case_0003: there is no case 'case_0003'; did you mean case_0000")
+
+
+@pytest.mark.parametrize(
+    "wrong", ["--part 0/2", "--part 3/2", "--part 1", "--part a/b", "--size 0", "--size 1,2,3", "--spacing 1,1"]
+)
+def test_options_that_are_none(kits, prepare, wrong):
+    code, _, (line,) = prepare_kits(prepare, kits, *wrong.split())
+    assert code == 2
+    assert line.startswith(f"error: {wrong}: write ")
 
 
 @pytest.fixture(scope="module")
@@ -355,12 +438,25 @@ def thirty(tmp_path_factory):
     return folder
 
 
-def start(source: Path, store: Path, workers: str) -> subprocess.Popen:
+def start(source: Path, store: Path, workers: str, *more: str) -> subprocess.Popen:
     """`spark-data prepare` in a process group of its own."""
     patterns = ["--image-pattern", "{case}_ct.nii.gz", "--label-pattern", "{case}_seg.nii.gz", "--workers", workers]
     command = [sys.executable, "-m", "data_tools", "prepare", source, store, "--layout", "pairs", *LABELS, *patterns]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    return subprocess.Popen([*command, *more], cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+
+
+@pytest.mark.parametrize("parts", [("--part 1/3", "--part 2/3", "--part 3/3"), ("", "--part 1/2", "")])
+def test_several_runs_into_one_store_at_once(thirty, tmp_path, parts):
+    """Each case is prepared once, whoever does it, and the store is as if one run had made it."""
+    runs = [start(thirty / "nii", tmp_path / "s.zarr", "1", *part.split()) for part in parts]
+    ends = [run.communicate(timeout=120) for run in runs]
+    assert [(run.returncode, err) for run, (_, err) in zip(runs, ends, strict=True)] == [(0, "")] * 3
+    prepared = [int(re.search(r"(\d+) prepared", out)[1]) for out, _ in ends]
+    assert sum(prepared) == 30
+    if all(parts):
+        assert prepared == [10, 10, 10]
+    assert all_files(tmp_path / "s.zarr") == all_files(thirty / "whole.zarr")
 
 
 def wait_for(condition, seconds=30):
