@@ -249,7 +249,10 @@ def results(sources: Sequence[Source], options: Options, workers: int) -> Iterat
         return
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=start_worker)
     try:
+        # Workers start here, and inherit that Ctrl-C is left to the main process, even while they still import.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         futures = {pool.submit(prepare_case, source, options): source for source in sources}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         for future in as_completed(futures):
             try:
                 yield future.result()
@@ -262,8 +265,7 @@ def results(sources: Sequence[Source], options: Options, workers: int) -> Iterat
 
 
 def start_worker() -> None:
-    """Leave Ctrl-C to the main process, end when it ends, and use one thread."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """End when the main process ends, and use one thread."""
     zarr.config.set({"threading.max_workers": 1})
 
     def end_with_parent() -> None:
