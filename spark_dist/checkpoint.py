@@ -20,6 +20,8 @@ from .networks import build_network
 log = logging.getLogger(__name__)
 
 FORMAT = "spark-dist network"
+UMASK = os.umask(0)
+os.umask(UMASK)
 
 
 def write_atomically(path: Path, write) -> None:
@@ -33,6 +35,7 @@ def write_atomically(path: Path, write) -> None:
         write(aside)
         with open(aside, "rb") as file:
             os.fsync(file.fileno())
+        aside.chmod(0o666 & ~UMASK)  # safetensors makes files that only their owner can read.
         aside.replace(path)
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0][:160]

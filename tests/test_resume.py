@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from data_tools.errors import UserError
-from spark_dist.checkpoint import load_state, newest_state
+from spark_dist.checkpoint import load_state, newest_state, save_network
 from spark_dist.data import EpochSampler
+from spark_dist.networks import build_network
 from spark_dist.tracking import read_journal
 
 SMALL = ("--task", "organ", "--crop", 32, "--crop-shift", "[0,0]", "--batch-size", 6, "--log-every", 2)
@@ -163,3 +164,9 @@ def test_weights_of_parts_make_the_mean_of_the_batch():
             for sampler, share in zip(samplers, shares[part], strict=True)
         )
         assert mean == pytest.approx(sum(value[k] for k in keys) / len(keys))
+
+
+def test_a_saved_network_is_as_readable_as_other_files(tmp_path):
+    save_network(tmp_path / "a.safetensors", build_network("enet", width=0.25), {"network": "enet", "width": 0.25})
+    (tmp_path / "other").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
