@@ -1,44 +1,60 @@
 """Single slices out of a store's files, with no more work than to read and to decode them.
 
 A training loader reads one slice here and one there. TensorStore reads a shard's index anew for each, and passes the
-slice on through several fresh buffers. Here the index is kept, and a slice goes from the file into two buffers that are
-used again and again. What is not laid out as `store.write_case` does it, or not in a local folder, goes through
+slice on through several fresh buffers. Here the index is kept, and a slice goes from the file into two buffers that a
+thread uses again and again. What is not laid out as `store.write_case` does it, or not in a local folder, goes through
 TensorStore.
 """
 
+import json
+import math
 import os
+import threading
 from collections.abc import Callable
+from functools import cached_property
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
 import tensorstore as ts
 from numcodecs import blosc
 
-from .location import damaged, finished, open_array
+from .errors import UserError
+from .location import damaged, finished, first_line, open_array
 
 CHECKSUM = 4
 """Bytes of the crc32c that ends a chunk, and the index."""
 MISSING = 2**64 - 1
 """Where a chunk begins that was not written."""
 
-# A loader has a process for each core.
+# Slices are decoded in parallel, and not each in threads of its own.
 blosc.use_threads = False
 
 
 class SliceReader:
     """Reads single slices of one array (Z, H, W) of a store.
 
-    `buffers` is a dict that readers share: what one of them returns is good until another slice is taken.
-    Raises `UserError` if there is no such array.
+    What it returns is good until the same thread takes another slice, of whichever reader. Raises `UserError` if there
+    is no such array.
     """
 
-    def __init__(self, path: Path, buffers: dict[str, np.ndarray]):
-        self.array, self._folder, self._buffers = open_array(path), str(path), buffers
-        self._per_shard = slices_per_shard(self.array)
-        self.direct = self._per_shard > 0
+    def __init__(self, path: Path):
+        self._path, metadata = path, read_metadata(path)
+        self._shape, self._dtype = metadata["shape"][1:], np.dtype(metadata["data_type"])
+        self._per_shard = slices_per_shard(metadata)
         self._indices: dict[int, np.ndarray] = {}
+
+    @property
+    def direct(self) -> bool:
+        """Whether slices are read without TensorStore, which aborts a process that is forked after its first use."""
+        return self._per_shard > 0
+
+    @cached_property
+    def array(self) -> ts.TensorStore:
+        """The whole array, unread."""
+        return open_array(self._path)
 
     def start(self, z: int, what: str) -> Callable[[], np.ndarray]:
         """Have slice `z` fetched. Returns a function that gives its voxels (H, W).
@@ -50,7 +66,7 @@ class SliceReader:
             return lambda: finished(read, what)
         shard, place = divmod(z, self._per_shard)
         try:
-            file = FileIO(f"{self._folder}/c/{shard}/0/0")
+            file = FileIO(f"{self._path}/c/{shard}/0/0")
             if shard not in self._indices:
                 self._indices[shard] = read_index(file, self._per_shard)
             begin, length = map(int, self._indices[shard][place])
@@ -63,41 +79,50 @@ class SliceReader:
         return lambda: self._decoded(file, begin, length, what)
 
     def _decoded(self, file: FileIO, begin: int, length: int, what: str) -> np.ndarray:
-        shape, dtype = self.array.shape[1:], self.array.dtype.numpy_dtype
-        voxels = self._buffer("voxels", int(np.prod(shape)) * dtype.itemsize).view(dtype).reshape(shape)
+        size = math.prod(self._shape) * self._dtype.itemsize
+        voxels = scratch("voxels", size).view(self._dtype).reshape(self._shape)
         try:
             with file:
-                blosc.decompress(checked(file, begin, self._buffer("packed", length)), voxels)
+                blosc.decompress(checked(file, begin, scratch("packed", length)), voxels)
         # RuntimeError is what numcodecs raises for bytes that can't be unpacked.
         except (OSError, ValueError, RuntimeError) as error:
             raise damaged(what, error) from None
         return voxels
 
-    def _buffer(self, role: str, size: int) -> np.ndarray:
-        if role not in self._buffers or len(self._buffers[role]) < size:
-            self._buffers[role] = np.empty(size, np.uint8)
-        return self._buffers[role][:size]
+
+_scratch = threading.local()
 
 
-def slices_per_shard(array: ts.TensorStore) -> int:
-    """How many slices a shard has, if this module can read the array, else 0."""
-    spec = array.spec().to_json()
-    metadata = spec["metadata"]
+def scratch(role: str, size: int) -> np.ndarray:
+    """(size,) uint8, the same memory each time that a thread asks for this role."""
+    if len(getattr(_scratch, role, ())) < size:
+        setattr(_scratch, role, np.empty(size, np.uint8))
+    return getattr(_scratch, role)[:size]
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """An array's metadata. Raises `UserError`."""
+    try:
+        return json.loads((path / "zarr.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: can't be opened ({first_line(error)}); prepare this case again") from None
+
+
+def slices_per_shard(metadata: dict[str, Any]) -> int:
+    """How many slices a shard of an array has, if this module can read it, else 0."""
     shard, codecs = metadata["chunk_grid"]["configuration"]["chunk_shape"], metadata["codecs"]
-    if spec["kvstore"]["driver"] != "file" or [codec["name"] for codec in codecs] != ["sharding_indexed"]:
+    if names(codecs) != ["sharding_indexed"]:
         return 0
     sharding = codecs[0]["configuration"]
     as_written = (
-        list(array.shape[1:]) == shard[1:] == sharding["chunk_shape"][1:]
+        metadata["shape"][1:] == shard[1:] == sharding["chunk_shape"][1:]
         and sharding["chunk_shape"][0] == 1
         and names(sharding["codecs"]) == ["bytes", "blosc", "crc32c"]
         and names(sharding["index_codecs"]) == ["bytes", "crc32c"]
         and sharding.get("index_location", "end") == "end"
         and metadata["chunk_key_encoding"]["name"] == "default"
         and metadata["chunk_key_encoding"].get("configuration", {}).get("separator", "/") == "/"
-        and all(
-            c["configuration"].get("endian", "little") == "little" for c in sharding["codecs"] if "configuration" in c
-        )
+        and sharding["codecs"][0].get("configuration", {}).get("endian", "little") == "little"
     )
     return shard[0] if as_written else 0
 

@@ -165,16 +165,18 @@ def _write_arrays(
     # Opened at the case: through its parents, Zarr would put temporary files into them that a kill leaves behind.
     folder = Path(path) / "cases" / name
     group = zarr.create_group(folder)
-    _write_array(group, "image", image)
+    _write_array(group, "image", image, count=False)
     counts: list[list[int]] = []
     if label is not None:
-        _write_array(group, "label", label)
-        counts = [np.bincount(voxels.ravel(), minlength=len(LABELS)).tolist() for voxels in label]
+        counts = _write_array(group, "label", label)
     _write_sealed(group, folder, {**attributes, "label_counts": counts})
 
 
-def _write_array(group: zarr.Group, key: str, voxels: np.ndarray) -> None:
-    """An array of slices, shard by shard: of `voxels` in another order of axes there is never a second copy."""
+def _write_array(group: zarr.Group, key: str, voxels: np.ndarray, count: bool = True) -> list[list[int]]:
+    """An array of slices, shard by shard: of `voxels` in another order of axes there is never a second copy.
+
+    Returns how many voxels of each label the slices have, if it shall `count` them.
+    """
     array = group.create_array(
         key,
         shape=voxels.shape,
@@ -188,8 +190,25 @@ def _write_array(group: zarr.Group, key: str, voxels: np.ndarray) -> None:
         config={"write_empty_chunks": True},
         dimension_names=("slice", "row", "column"),
     )
+    counts = []
     for start in range(0, len(voxels), SHARD_SLICES):
-        array[start : start + SHARD_SLICES] = np.ascontiguousarray(voxels[start : start + SHARD_SLICES])
+        block = in_rows(voxels[start : start + SHARD_SLICES])
+        array[start : start + SHARD_SLICES] = block
+        if count:
+            counts += [[int(np.count_nonzero(image == label)) for label in range(len(LABELS))] for image in block]
+    return counts
+
+
+def in_rows(voxels: np.ndarray, tile: int = 32) -> np.ndarray:
+    """Slices (Z, H, W) with their rows in order in memory; turned ones tile by tile, each of which fits the cache."""
+    if voxels.strides[2] in (voxels.itemsize, -voxels.itemsize):
+        return np.ascontiguousarray(voxels)
+    turned = np.empty(voxels.shape, voxels.dtype)
+    for row in range(0, voxels.shape[1], tile):
+        for column in range(0, voxels.shape[2], tile):
+            part = np.s_[:, row : row + tile, column : column + tile]
+            turned[part] = voxels[part]
+    return turned
 
 
 def shuffle_of(voxels: np.ndarray) -> str:

@@ -372,6 +372,9 @@ def _stored_label(
 def distinct(piece: np.ndarray) -> np.ndarray:
     """The numbers that occur."""
     if piece.dtype == np.uint8:
+        highest = int(piece.max(initial=0))
+        if highest < 16:  # several times as fast as counting
+            return np.array([value for value in range(highest + 1) if (piece == value).any()], np.uint8)
         return np.flatnonzero(np.bincount(piece, minlength=256))
     if piece.dtype.kind == "f" and np.isfinite(piece).all() and fits_int16(piece):
         piece = piece.astype(np.int16)  # many times as fast to sort

@@ -57,7 +57,7 @@ class TrainingOptions:
     val_every: int = 1
     """Epochs between evaluations on the val cases; the best epoch is chosen by the mean Dice over them."""
     workers: int = 0
-    """Processes that read batches ahead, for each training process (0: none; TensorStore reads in threads)."""
+    """Processes that read batches ahead, for each training process (0: none; slices are decoded in threads)."""
     log_every: int = 10
     """Steps between looks at the loss and at signals to stop."""
     checkpoint_minutes: float = 10

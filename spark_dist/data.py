@@ -10,7 +10,8 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +24,7 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from data_tools.errors import UserError
 from data_tools.location import finished
@@ -132,8 +133,8 @@ def slice_table(store: Store, split: str, part: str, task: str, slices: str = "l
 class VoxelReader:
     """Reads voxels of a store.
 
-    Arrays are opened when they are first needed, in the process that needs them: TensorStore's threads do not survive
-    a fork, and handles are left behind when this object is sent to a worker.
+    Arrays are opened when they are first needed, in the process that needs them: threads do not survive a fork, and
+    handles are left behind when this object is sent to a worker.
     """
 
     def __init__(self, store: Store):
@@ -142,7 +143,7 @@ class VoxelReader:
 
     def _forget(self) -> None:
         self._readers: dict[tuple[str, str], SliceReader] = {}
-        self._buffers: dict[str, np.ndarray] = {}
+        self._threads: ThreadPoolExecutor | None = None
         self._process = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -153,16 +154,34 @@ class VoxelReader:
         self._forget()
 
     def slices(self, case: str, kind: str) -> SliceReader:
-        """What reads slices of the `image` or `label` of a case. What it returns is good until the next slice."""
+        """What reads slices of the `image` or `label` of a case."""
         if self._process != os.getpid():
             self._forget()
         if (case, kind) not in self._readers:
-            self._readers[case, kind] = SliceReader(self.path / "cases" / case / kind, self._buffers)
+            self._readers[case, kind] = SliceReader(self.path / "cases" / case / kind)
         return self._readers[case, kind]
+
+    def each(self, work: Callable[[int], None], count: int) -> None:
+        """work(0) … work(count − 1), on this process's share of the cores; in a loader's worker one after the other."""
+        if (threads := decoding_threads()) == 1:
+            for n in range(count):
+                work(n)
+            return
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        list(self._threads.map(work, range(count)))
 
     def case(self, case: str, kind: str) -> np.ndarray:
         """All voxels of a case, (Z, H, W)."""
         return finished(self.slices(case, kind).array.read(), f"{self.path}: case {case}")
+
+
+def decoding_threads() -> int:
+    """How many threads of this process may decode at a time."""
+    if get_worker_info() is not None:
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 class SliceDataset(Dataset):
@@ -188,9 +207,13 @@ class SliceDataset(Dataset):
         dtype = np.result_type(*(fact.dtype for fact in facts))
         images = np.empty((len(keys), *self.crop.size), dtype)
         labels = np.empty((len(keys), *self.crop.size), np.uint8)
-        for n, (key, fact, (image, label)) in enumerate(zip(keys, facts, reads, strict=True)):
-            images[n] = orient(self.crop.of(image(), np.floor(fact.window[0])), key % ORIENTATIONS)
-            labels[n] = orient(self.crop.of(label(), 0), key % ORIENTATIONS)
+
+        def fill(n: int) -> None:
+            (image, label), orientation = reads[n], keys[n] % ORIENTATIONS
+            images[n] = orient(self.crop.of(image(), np.floor(facts[n].window[0])), orientation)
+            labels[n] = orient(self.crop.of(label(), 0), orientation)
+
+        self.reader.each(fill, len(keys))
         return {
             "image": torch.from_numpy(images),
             "label": torch.from_numpy(labels),

@@ -1,5 +1,7 @@
 import pickle
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -147,6 +149,43 @@ def test_workers_give_the_same_batches(table):
     for _ in range(2):
         for a, b in zip(plain, loader, strict=True):
             assert torch.equal(a, b["image"])
+
+
+@pytest.mark.parametrize(
+    ("start", "persistent", "workers"),
+    [
+        ("fork", False, 1),
+        ("fork", True, 2),
+        pytest.param("spawn", True, 1, marks=pytest.mark.slow),
+        pytest.param("forkserver", False, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_workers_do_not_hang_when_the_parent_has_read_before(tiny_store, start, persistent, workers):
+    # In a process of its own, as TensorStore aborts one that was forked after its first use.
+    code = f"""
+from pathlib import Path
+import torch
+from torch.utils.data import DataLoader
+from data_tools.store import open_store
+from spark_dist.data import Crop, SliceDataset, as_is, slice_table
+
+if __name__ == "__main__":
+    table = slice_table(open_store(Path({str(tiny_store)!r})), "default", "train", "organ")
+    dataset = SliceDataset(table, Crop((32, 32)))
+    keys = [[0, 9, 18], [27, 36]]
+    read = [dataset.__getitems__(batch)["image"] for batch in keys]
+    loader = DataLoader(
+        dataset, batch_sampler=keys, collate_fn=as_is, timeout=60, num_workers={workers},
+        persistent_workers={persistent}, multiprocessing_context={start!r},
+    )
+    for epoch in range(2):
+        for a, b in zip(read, loader, strict=True):
+            assert torch.equal(a, b["image"])
+"""
+    script = tiny_store.parent / f"{start}{persistent}{workers}.py"
+    script.write_text(code)
+    done = subprocess.run([sys.executable, script], check=False, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_damaged_chunk_names_case_and_slice(tiny_store, tmp_path):

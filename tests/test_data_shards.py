@@ -37,9 +37,8 @@ def test_slices_are_those_that_were_written(tmp_path_factory, shape, dtype, seed
     image = random.normal(0, 1000, shape).astype(dtype)
     label = np.zeros(shape, np.uint8)
     write_case(path, "a", image, label, FACTS)
-    buffers = {}
     for key, voxels in (("image", image), ("label", label)):
-        reader = SliceReader(path / "cases" / "a" / key, buffers)
+        reader = SliceReader(path / "cases" / "a" / key)
         assert reader.direct
         for z in random.permutation(len(image)):
             np.testing.assert_array_equal(reader.start(int(z), "")(), voxels[z])
@@ -47,8 +46,7 @@ def test_slices_are_those_that_were_written(tmp_path_factory, shape, dtype, seed
 
 def test_reads_that_were_started_before_are_right(case):
     folder, voxels = case
-    buffers = {}
-    readers = {kind: SliceReader(folder / kind, buffers) for kind in voxels}
+    readers = {kind: SliceReader(folder / kind) for kind in voxels}
     reads = [(kind, z, readers[kind].start(z, "")) for z in (69, 3, 64, 63) for kind in readers]
     for kind, z, read in reads:
         np.testing.assert_array_equal(read(), voxels[kind][z])
@@ -64,7 +62,7 @@ def test_no_bit_of_a_shard_can_change_unseen(case, kind):
         bad = bytearray(whole)
         bad[place] ^= 1 << random.integers(8)
         shard.write_bytes(bad)
-        reader, damaged = SliceReader(folder / kind, {}), 0
+        reader, damaged = SliceReader(folder / kind), 0
         for z in range(64, 70):
             try:
                 found = reader.start(z, f"slice {z}")()
@@ -75,34 +73,34 @@ def test_no_bit_of_a_shard_can_change_unseen(case, kind):
         # A flip in the entries of slices beyond the last one changes no slice, but the index's checksum.
         assert damaged
     shard.write_bytes(whole)
-    assert (SliceReader(folder / kind, {}).start(69, "")() == voxels[kind][69]).all()
+    assert (SliceReader(folder / kind).start(69, "")() == voxels[kind][69]).all()
 
 
 @pytest.mark.parametrize("kept", [0, 10, 500, -1])
 def test_a_shard_cut_short_is_damage(case, kept):
     folder, _ = case
     shard = folder / "image" / "c" / "0" / "0" / "0"
-    reader = SliceReader(folder / "image", {})
+    reader = SliceReader(folder / "image")
     reader.start(5, "slice 5")()
     shard.write_bytes(shard.read_bytes()[:kept])
     if kept >= 0:  # With the index known, the last slice is still whole without the file's last byte.
         with pytest.raises(UserError, match="slice 63 is damaged"):
             reader.start(63, "slice 63")()
     with pytest.raises(UserError, match="slice 5 is damaged"):
-        SliceReader(folder / "image", {}).start(5, "slice 5")()
+        SliceReader(folder / "image").start(5, "slice 5")()
 
 
 def test_a_missing_shard_or_slice_is_damage(case):
     folder, _ = case
-    reader = SliceReader(folder / "image", {})
+    reader = SliceReader(folder / "image")
     with pytest.raises(UserError, match="slice 64 is damaged"):
         # The second shard has room for 64 slices, of which 6 were written.
         reader.start(70, "slice 64")()
     (folder / "image" / "c" / "1" / "0" / "0").unlink()
     with pytest.raises(UserError, match=r"slice 64 is damaged .*No such file"):
-        SliceReader(folder / "image", {}).start(64, "slice 64")
+        SliceReader(folder / "image").start(64, "slice 64")
     with pytest.raises(UserError, match="can't be opened"):
-        SliceReader(folder / "nothing", {})
+        SliceReader(folder / "nothing")
 
 
 @pytest.mark.parametrize(
@@ -118,7 +116,7 @@ def test_a_missing_shard_or_slice_is_damage(case):
 def test_other_layouts_are_read_too(tmp_path, layout):
     voxels = np.arange(4 * 8 * 6, dtype=np.int16).reshape(4, 8, 6)
     zarr.create_array(tmp_path / "a", shape=voxels.shape, dtype="int16", **layout)[...] = voxels
-    reader = SliceReader(tmp_path / "a", {})
+    reader = SliceReader(tmp_path / "a")
     assert not reader.direct
     for z in (2, 0):
         np.testing.assert_array_equal(reader.start(z, "")(), voxels[z])
