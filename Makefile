@@ -16,6 +16,7 @@ lint: $(INSTALLED)  ## ruff, as CI runs it
 	$(BIN)/ruff format --check .
 
 bench: $(INSTALLED)  ## speed and memory, as ratios measured in one run
+	$(BIN)/python -m pip install --quiet -e ".[bench]"
 	for script in benchmarks/*.py; do $(BIN)/python $$script; done
 
 clean:  ## what quickstart made

@@ -417,7 +417,7 @@ def draw(result: dict, path: Path) -> None:
         values = {name: value / (1000 if key == "bytes" else 1) for name, value in result[key].items()}
         bars = axis.bar(list(values), list(values.values()), color=[colours[name] for name in values])
         axis.bar_label(bars, [f"{value:.0f}" for value in values.values()], fontsize=8)
-        axis.set_title(title, fontsize=10)
+        axis.set_title(title, fontsize=9)
     names = list(next(iter(result["batches"].values())))
     for k, (workers, found) in enumerate(result["batches"].items()):
         x = np.arange(len(names)) + (k - 0.5) * 0.4
@@ -426,7 +426,7 @@ def draw(result: dict, path: Path) -> None:
         labels = [f"{found[n]:.0f}" + (f"\n({over[n]:.2g}×)" if n in over else "") for n in names]
         axes[2].bar_label(bars, labels, fontsize=7)
     axes[2].set_xticks(range(len(names)), names)
-    axes[2].set_title("ready batches of 16 per second, with 0 (dark) and 2 workers; (store over this)", fontsize=10)
+    axes[2].set_title("ready batches of 16 per second: 0 workers, 2 workers; (store over this)", fontsize=9)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(y=0.15)
