@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from .errors import UserError, unknown_name
 from .layouts import LAYOUTS
+from .location import located
 from .report import case_row, cases_table, console, progress, window_text
 
 DEFAULT_SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
@@ -16,8 +17,8 @@ DEFAULT_SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand. Returns the exit code: 0, 1 if a case failed, 2 for a mistake of the user."""
-    options = parser().parse_args(argv)
     try:
+        options = parser().parse_args(argv)
         return options.run(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -56,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
 
     prepare = commands.add_parser("prepare", help="volumes to a slice store; cases that are there are skipped")
     prepare.add_argument("input", type=Path, help="folder of the data set")
-    prepare.add_argument("store", type=Path, help="slice store to make or to go on with")
+    prepare.add_argument("store", type=located, help="slice store to make or to go on with")
     prepare.add_argument(
         "--layout",
         choices=sorted(LAYOUTS),
@@ -96,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
     prepare.set_defaults(run=run_prepare)
 
     split = commands.add_parser("split", help="divide the cases into train, val and test")
-    split.add_argument("store", type=Path, help="slice store")
+    split.add_argument("store", type=located, help="slice store")
     for part, share in DEFAULT_SHARES.items():
         split.add_argument(
             f"--{part}",
@@ -118,19 +119,19 @@ def parser() -> argparse.ArgumentParser:
     split.set_defaults(run=run_split)
 
     preview = commands.add_parser("preview", help="a contact sheet of each case, and one HTML page over all")
-    preview.add_argument("store", type=Path, help="slice store")
+    preview.add_argument("store", type=located, help="slice store")
     preview.add_argument("--out", type=Path, help="folder to write to (default: STORE's name with -preview)")
     preview.add_argument("--only", nargs="+", metavar="CASE", help="draw only these cases; the others' sheets stay")
     preview.add_argument("--slices", type=at_least(1), default=10, help="slices of each case (default 10)")
     preview.set_defaults(run=run_preview)
 
     stats = commands.add_parser("stats", help="sizes, spacings, volumes, intensities: tables and a figure")
-    stats.add_argument("store", type=Path, help="slice store")
+    stats.add_argument("store", type=located, help="slice store")
     stats.add_argument("--out", type=Path, help="PNG to write (default: STORE's name with -stats.png)")
     stats.set_defaults(run=run_stats)
 
     info = commands.add_parser("info", help="what is in a store")
-    info.add_argument("store", type=Path, help="slice store")
+    info.add_argument("store", type=located, help="slice store")
     info.set_defaults(run=run_info)
     return top
 

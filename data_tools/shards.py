@@ -22,7 +22,7 @@ import tensorstore as ts
 from numcodecs import blosc
 
 from .errors import UserError
-from .location import damaged, finished, first_line, open_array
+from .location import damaged, finished, first_line, is_local, open_array
 
 CHECKSUM = 4
 """Bytes of the crc32c that ends a chunk, and the index."""
@@ -43,7 +43,7 @@ class SliceReader:
     def __init__(self, path: Path):
         self._path, metadata = path, read_metadata(path)
         self._shape, self._dtype = metadata["shape"][1:], np.dtype(metadata["data_type"])
-        self._per_shard = slices_per_shard(metadata)
+        self._per_shard = slices_per_shard(metadata) if is_local(path) else 0
         self._indices: dict[int, np.ndarray] = {}
 
     @property

@@ -19,7 +19,9 @@ import re
 import shutil
 import uuid
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from .errors import UserError, unknown_name
+from .location import exists, is_local, located, remove, zarr_place
 
 FORMAT = "spark-dist slice store"
 VERSION = 2
@@ -111,9 +114,10 @@ def create_store(path: Path, attributes: Mapping[str, Any]) -> None:
 
     Raises `UserError` if something else is at `path`, or a store with other labels, window or layout.
     """
-    path = Path(path).resolve()
+    path = located(path)
+    path = path.resolve() if is_local(path) else path
     wanted = {"format": FORMAT, "version": VERSION, **json.loads(json.dumps(dict(attributes)))}
-    if (path / "zarr.json").exists():
+    if exists(path / "zarr.json"):
         found = _root_attributes(path)
         if differing := [key for key, value in wanted.items() if found.get(key) != value]:
             key = differing[0]
@@ -125,13 +129,14 @@ def create_store(path: Path, attributes: Mapping[str, Any]) -> None:
         return
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: exists and is no slice store; name an empty or new folder")
+    if not is_local(path):
+        _write_root(path, wanted)
+        return
     # Made beside and renamed: a run that is killed here leaves no half store, and of two at a time one is first.
     new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        for group in (new, new / "cases"):
-            _write_sealed(zarr.create_group(group), group, wanted)
-        zarr.create_group(new / "splits")
+        _write_root(new, wanted)
         new.rename(path)
     except OSError:
         if not (path / "zarr.json").exists():
@@ -139,6 +144,12 @@ def create_store(path: Path, attributes: Mapping[str, Any]) -> None:
         create_store(path, attributes)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def _write_root(path: Path, attributes: Mapping[str, Any]) -> None:
+    zarr.create_group(zarr_place(path / "splits"))
+    for group in (path / "cases", path):
+        _write_sealed(zarr.create_group(zarr_place(group)), group, attributes)
 
 
 def write_case(
@@ -163,8 +174,8 @@ def _write_arrays(
     path: Path, name: str, image: np.ndarray, label: np.ndarray | None, attributes: Mapping[str, Any]
 ) -> None:
     # Opened at the case: through its parents, Zarr would put temporary files into them that a kill leaves behind.
-    folder = Path(path) / "cases" / name
-    group = zarr.create_group(folder)
+    folder = located(path) / "cases" / name
+    group = zarr.create_group(zarr_place(folder))
     _write_array(group, "image", image, count=False)
     counts: list[list[int]] = []
     if label is not None:
@@ -250,10 +261,9 @@ def read_sealed(folder: Path) -> dict[str, Any]:
 
 def delete_case(path: Path, name: str) -> None:
     """Remove a case, its mark of completeness first."""
-    folder = Path(path) / "cases" / name
+    folder = located(path) / "cases" / name
     (folder / "zarr.json").unlink(missing_ok=True)
-    if folder.exists():
-        shutil.rmtree(folder)
+    remove(folder)
 
 
 def write_split(path: Path, name: str, record: Mapping[str, Any]) -> None:
@@ -263,13 +273,14 @@ def write_split(path: Path, name: str, record: Mapping[str, Any]) -> None:
 
 def write_splits(path: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
     """Record several splits, or none of them if a name is taken."""
-    splits = zarr.open_group(Path(path), mode="r+").require_group("splits")
+    path = located(path)
+    splits = zarr.open_group(zarr_place(path), mode="r+").require_group("splits")
     for name in records:
         check_name("split", name)
         if name in splits:
             raise UserError(f"{path}: a split '{name}' exists and a split never changes; give another --name")
     for name, record in records.items():
-        _write_sealed(splits.create_group(name), Path(path) / "splits" / name, record)
+        _write_sealed(splits.create_group(name), path / "splits" / name, record)
 
 
 def check_name(kind: str, name: str) -> None:
@@ -283,10 +294,12 @@ def open_store(path: Path, only: str = "*") -> Store:
 
     Raises `UserError` if there is no store at `path`, it was made by another version, or it holds no case.
     """
-    path = Path(path)
+    path = located(path)
     attributes = read_attributes(path)
-    found = (read_case(path, file.parent.name) for file in sorted(path.glob(f"cases/{only}/zarr.json")))
-    cases = {case.name: case for case in found if case}
+    names = sorted(file.parent.name for file in path.glob(f"cases/{only}/zarr.json"))
+    # Each request to an object store takes a while.
+    with ThreadPoolExecutor(1 if is_local(path) else 32) as threads:
+        cases = {case.name: case for case in threads.map(partial(read_case, path), names) if case}
     if not cases:
         raise UserError(f"{path}: the store holds no complete case; run spark-data prepare")
     splits = {file.parent.name: read_sealed(file.parent) for file in sorted(path.glob("splits/*/zarr.json"))}
@@ -295,7 +308,7 @@ def open_store(path: Path, only: str = "*") -> Store:
 
 def read_case(path: Path, name: str) -> Case | None:
     """A case of the store at `path`; None if it is not complete. Raises `UserError` if its metadata are damaged."""
-    folder = Path(path) / "cases" / name
+    folder = located(path) / "cases" / name
     try:
         facts = read_sealed(folder)
     except UserError:
@@ -332,7 +345,7 @@ def read_attributes(path: Path) -> dict[str, Any]:
 
 
 def _root_attributes(path: Path) -> dict[str, Any]:
-    if not (path / "zarr.json").exists():
+    if not exists(path / "zarr.json"):
         raise UserError(f"{path}: no slice store here; make one with: spark-data prepare INPUT {path} --layout …")
     document = _read_json(path / "zarr.json")
     attributes = document.get("attributes") if isinstance(document, dict) else None
