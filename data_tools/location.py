@@ -4,13 +4,15 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tensorstore as ts
 from zarr.storage import FsspecStore
 
 from .errors import UserError
+
+if TYPE_CHECKING:  # It takes long to import, and most commands do without.
+    import tensorstore
 
 DRIVERS = {"s3": "s3", "gs": "gcs"}
 """TensorStore's name for each kind of URL."""
@@ -80,8 +82,10 @@ def remove(path: Path) -> None:
         path.fs.rm(path.path, recursive=True)
 
 
-def open_array(path: Path) -> ts.TensorStore:
+def open_array(path: Path) -> "tensorstore.TensorStore":
     """An existing Zarr v3 array, unread. A chunk that is not there is an error, not zeros."""
+    import tensorstore as ts
+
     spec = {"driver": "zarr3", "kvstore": kvstore(path), "fill_missing_data_reads": False}
     try:
         return ts.open(spec, open=True, read=True).result()
@@ -89,7 +93,7 @@ def open_array(path: Path) -> ts.TensorStore:
         raise UserError(f"{path}: can't be opened ({first_line(error)}); prepare this case again") from None
 
 
-def finished(read: ts.Future, what: str) -> np.ndarray:
+def finished(read: "tensorstore.Future", what: str) -> np.ndarray:
     """The result of a read. Raises `UserError` naming `what` if a chunk is damaged or missing."""
     try:
         return read.result()

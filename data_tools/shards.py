@@ -14,15 +14,17 @@ from collections.abc import Callable
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import google_crc32c
 import numpy as np
-import tensorstore as ts
 from numcodecs import blosc
 
 from .errors import UserError
 from .location import damaged, finished, first_line, is_local, open_array
+
+if TYPE_CHECKING:
+    import tensorstore
 
 CHECKSUM = 4
 """Bytes of the crc32c that ends a chunk, and the index."""
@@ -52,7 +54,7 @@ class SliceReader:
         return self._per_shard > 0
 
     @cached_property
-    def array(self) -> ts.TensorStore:
+    def array(self) -> "tensorstore.TensorStore":
         """The whole array, unread."""
         return open_array(self._path)
 
