@@ -22,6 +22,7 @@ COMMANDS = {
     "compare": "table of runs: teacher, student alone, student distilled",
     "profile": "parameters, GFLOPs, activation memory and latency of networks",
     "picture": "predictions of checkpoints beside the truth, as a PNG",
+    "sweep": "combinations of a grid of options, for an array of jobs",
     "track-sync": "send what an MLflow server that was down did not get",
 }
 """Each command is the module of its name, with _ for -: `OPTIONS` (a dataclass) and `run(options)`."""

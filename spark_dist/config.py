@@ -75,6 +75,8 @@ class TrainingOptions:
     """Begin again although the folder holds a job."""
     tracking_uri: str = "sqlite:///mlflow.db"
     """MLflow tracking server, or a local SQLite file."""
+    sweep: str = ""
+    """Name of the MLflow run below which this job's run stands, with the other jobs of a sweep."""
     experiment: str = ""
     """MLflow experiment; the default is dataset-task."""
 

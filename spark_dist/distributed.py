@@ -6,11 +6,12 @@ import re
 import signal
 import time
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
 
 from data_tools.errors import UserError
 
@@ -47,9 +48,12 @@ class Pace:
 
 
 def first_to_say(text: str) -> bool:
-    """Whether no other process of the job has said this yet. Before they form a group, the first speaks."""
+    """Whether no other process of the job has said this yet."""
     if not dist.is_initialized():
-        return os.environ.get("RANK", "0") == "0"
+        # A mistake that all make before they form a group: the first process ends the others by its own end.
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(3)
+        return not _asked
     try:
         # The store behind the process group is what is left to agree by when processes fail on their own.
         return dist.distributed_c10d._get_default_store().add(f"spark-dist said {text}", 1) == 1
@@ -95,18 +99,49 @@ def make_accelerator(accumulate: int = 1, clip: float = 0.0, timeout: float = 30
             "launch with: accelerate launch --config_file accelerate_config.yaml"
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        configure_deepspeed(accelerator, accumulate, clip)
+        if accelerator.mixed_precision != "no":
+            raise UserError("with DeepSpeed, mixed_precision must be 'no'; use DDP (multi_gpu.yaml) for bf16 and fp16")
+        accelerator.deepspeed_plugin.deepspeed_config.update(deepspeed_settings(accumulate, clip))
     return accelerator
 
 
-def configure_deepspeed(accelerator: Accelerator, accumulate: int, clip: float) -> None:
-    """Settings that DeepSpeed has a say in, made those of the loop."""
-    accelerator.deepspeed_plugin.deepspeed_config.update(
-        gradient_accumulation_steps=accumulate,
-        gradient_clipping=clip,  # it would be 1
-        train_micro_batch_size_per_gpu=1,  # only for its own figures: batches come from our own sampler
-        zero_allow_untested_optimizer=True,
-    )
+def deepspeed_settings(accumulate: int, clip: float) -> dict[str, Any]:
+    """What the loop decides and DeepSpeed has to know."""
+    return {
+        "gradient_accumulation_steps": accumulate,
+        "gradient_clipping": clip,  # it would be 1
+        "train_micro_batch_size_per_gpu": 1,  # only for its own figures: batches come from our own sampler
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+class Shards:
+    """DeepSpeed's optimizer, of which each process has a part, as one that is saved and loaded whole."""
+
+    PARTS = ("base_optimizer_state", "single_partition_of_fp32_groups")
+    """Of its state what is tensors and plain values; the rest follows from the configuration."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def state_dict(self) -> dict[str, list]:
+        """The parts of all processes."""
+        state = self.optimizer.state_dict()
+        return {"shards": gather_object([{key: state[key] for key in self.PARTS}])}
+
+    def load_state_dict(self, state: dict[str, list]) -> None:
+        """Take back this process's part. Raises `UserError` if there are more or fewer."""
+        shards, rank, world = state["shards"], dist.get_rank(), dist.get_world_size()
+        if len(shards) != world:
+            raise UserError(f"a DeepSpeed job goes on with as many processes as it had, {len(shards)}, not {world}")
+        self.optimizer.load_state_dict(
+            [self.optimizer.state_dict() | shards[rank]] * world, load_from_fp32_weights=True
+        )
+
+
+def saveable(accelerator: Accelerator, optimizer):
+    """What of a prepared optimizer goes into a checkpoint."""
+    return Shards(optimizer.optimizer) if accelerator.distributed_type == DistributedType.DEEPSPEED else optimizer
 
 
 def shut_down(accelerator: Accelerator) -> None:

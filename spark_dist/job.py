@@ -112,7 +112,7 @@ def tracked(
     if accelerator.is_main_process:
         tags = {key: str(value) for key, value in tags.items()}
         uri, experiment = options.tracking_uri, options.experiment_name
-        tracker = open_run(uri, experiment, name, folder, tags, plain(options), parent)
+        tracker = open_run(uri, experiment, name, folder, tags, plain(options), parent or options.sweep)
     else:
         tracker = null_tracker()
     status = "FAILED"

@@ -207,9 +207,11 @@ def open_run(
     folder: Path,
     tags: Mapping[str, str],
     params: Mapping[str, Any],
-    parent: Tracker | None = None,
+    parent: Tracker | str | None = None,
 ) -> Tracker:
     """A run whose journal lies in `folder`; if there is one already, the same MLflow run goes on, with new `tags`.
+
+    It stands below `parent`, if there is one: a run of the same job, or the name of a run that many jobs share.
 
     Returns at once: the run is created on the server in the background.
     """
@@ -218,8 +220,9 @@ def open_run(
     if next(read_journal(folder), None):
         append(folder, {"resumed": True, "tags": dict(tags)})
     else:
-        above = parent and os.path.relpath(parent.folder.resolve(), folder.resolve())
-        about = {"id": uuid.uuid4().hex, "experiment": experiment, "name": name, "parent": above}
+        above = os.path.relpath(parent.folder.resolve(), folder.resolve()) if isinstance(parent, Tracker) else None
+        shared = parent if isinstance(parent, str) else ""
+        about = {"id": uuid.uuid4().hex, "experiment": experiment, "name": name, "parent": above, "shared": shared}
         append(folder, {**about, "tags": dict(tags), "params": dict(params)})
     tracker = Tracker(folder, absolute_uri(tracking_uri))
     tracker.thread.start()
@@ -333,9 +336,28 @@ def create_run(client, uri: str, about: Event, parent: str | None) -> str:
     if found := client.search_runs([experiment_id], f"tags.journal = '{about['id']}'", max_results=1):
         return found[0].info.run_id
     tags = {"journal": about["id"], "mlflow.runName": about["name"]}
+    if about.get("shared"):
+        parent = shared_run(client, experiment_id, about["shared"])
     if parent:
         tags["mlflow.parentRunId"] = parent
     return client.create_run(experiment_id, start_time=about["time"], tags=tags).info.run_id
+
+
+def shared_run(client, experiment_id: str, name: str) -> str:
+    """The id of the run that many jobs stand below, made by the first that looks for it."""
+
+    def oldest() -> str | None:
+        found = client.search_runs([experiment_id], f"tags.sweep = '{name}'")
+        return min(((run.info.start_time, run.info.run_id) for run in found), default=(0, None))[1]
+
+    if not (run_id := oldest()):
+        made = client.create_run(experiment_id, tags={"sweep": name, "mlflow.runName": name}).info.run_id
+        client.set_terminated(made)
+        # Another job may have made one at the same time: all take the oldest.
+        run_id = oldest()
+        if made != run_id:
+            client.delete_run(made)
+    return run_id
 
 
 def find_experiment(client, uri: str, name: str) -> str:

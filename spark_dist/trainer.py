@@ -20,7 +20,7 @@ from .cli import Interrupted
 from .config import TrainingOptions
 from .data import ORIENTATIONS, Batch, EpochSampler, SliceTable, to_device
 from .distillation import Distillation
-from .distributed import Pace
+from .distributed import Pace, saveable
 from .progress import console, progress_bar
 from .teacher_cache import TeacherTargets
 
@@ -49,7 +49,8 @@ def fit(
     model, optimizer = accelerator.prepare(distillation, optimizer)
     average = moving_average(distillation.student, options.ema)
     student = average.module if average else distillation.student
-    saved = {"model": distillation, "optimizer": optimizer, "average": average, "scaler": accelerator.scaler}
+    state_of_optimizer, scaler = saveable(accelerator, optimizer), accelerator.scaler
+    saved = {"model": distillation, "optimizer": state_of_optimizer, "average": average, "scaler": scaler}
     state = {"epoch": 0, "step": 0, "best": -1.0, "losses": []} | resume(accelerator, folder, saved)
     done = state["epoch"] * sampler.steps + state["step"]
     losses = Losses(accelerator, loader.dataset.table, sampler.accumulate, state["losses"])
