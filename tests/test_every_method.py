@@ -26,6 +26,23 @@ def test_a_step_does_not_depend_on_how_the_batch_is_shared(launch, tmp_path):
     assert differing == OF_EACH_PROCESS
 
 
+@pytest.mark.slow
+def test_twenty_steps_do_not_depend_on_the_number_of_processes(jobs, tmp_path):
+    """Weights, to 1e-5 of their norm, for 1, 2 and 4 processes and uneven shares, batch statistics being fixed."""
+    of = {}
+    for processes in (1, 2, 4):
+        codes, log = jobs("twenty_steps.py", tmp_path / str(processes), folder=tmp_path, processes=processes)
+        assert not any(codes), log
+        of[processes] = load_file(tmp_path / str(processes))
+    differing = {
+        key.split("/")[0]
+        for key, one in of[1].items()
+        for other in (of[2][key], of[4][key])
+        if (other - one).norm() > 1e-5 * one.norm()
+    }
+    assert differing == OF_EACH_PROCESS
+
+
 @pytest.mark.parametrize("method", sorted(OF_EACH_PROCESS))
 def test_a_method_that_depends_on_it_says_so(method):
     assert "each process" in DISTILLERS[method].__doc__

@@ -1,10 +1,10 @@
 """Runs jobs of several processes, each a fork of this one, which has imported everything: a job starts in a tenth of
 the time, so that tests can interrupt many.
 
-Reads a JSON object a line: `command` (a module of spark_dist), `arguments`, `folder` (where it runs), `processes`, and
-`fault` if there shall be one: `signal` sent to itself by process `rank` at the `n`-th `place` (see `PLACES`), or an
-`error` raised there, or no more than so much `memory`, in bytes. Answers with the processes' exit codes, negative for
-signals, and the name of the file with their output.
+Reads a JSON object a line: `command` (a module of spark_dist or a script beside this one), `arguments`, `folder`
+(where it runs), `processes` and `fault` if there shall be one: `signal` sent to itself by process `rank` at the
+`n`-th `place` (see `PLACES`), or an `error` raised there, or no more than so much `memory`, in bytes. Answers with
+the processes' exit codes, negative for signals, and the name of the file with their output.
 """
 
 import gc
@@ -13,6 +13,7 @@ import json
 import os
 import random
 import resource
+import runpy
 import signal
 import socket
 import sys
@@ -99,6 +100,10 @@ def process(job, rank, port, log):
         strike_at(owner, name, fault, half)
     # Whatever a process has of chance must not matter.
     random.seed()
+    if job["command"].endswith(".py"):
+        sys.argv[1:] = job["arguments"]
+        runpy.run_path(str(Path(__file__).with_name(job["command"])), run_name="__main__")
+        sys.exit(0)
     sys.exit(command(f"spark_dist.{job['command']}", job["arguments"]))
 
 
