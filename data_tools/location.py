@@ -82,13 +82,13 @@ def remove(path: Path) -> None:
         path.fs.rm(path.path, recursive=True)
 
 
-def open_array(path: Path) -> "tensorstore.TensorStore":
+def open_array(path: Path, context: "tensorstore.Context | None" = None) -> "tensorstore.TensorStore":
     """An existing Zarr v3 array, unread. A chunk that is not there is an error, not zeros."""
     import tensorstore as ts
 
     spec = {"driver": "zarr3", "kvstore": kvstore(path), "fill_missing_data_reads": False}
     try:
-        return ts.open(spec, open=True, read=True).result()
+        return ts.open(spec, open=True, read=True, context=context).result()
     except ValueError as error:
         raise UserError(f"{path}: can't be opened ({first_line(error)}); prepare this case again") from None
 
