@@ -52,6 +52,7 @@ from spark_dist.data import (
     EpochSampler,
     SliceDataset,
     SliceTable,
+    empty_batch,
     orient,
     slice_table,
     training_loader,
@@ -63,6 +64,7 @@ DISTINCT = 4
 CROP = Crop((384, 384), (-14, -4))
 BATCH = 16
 WINDOW = (-200.0, 300.0)
+KINDS = {"image": np.int16, "label": np.uint8}
 RESULTS = Path(__file__).parent / "results"
 TARGETS = {"npz": 8, "monai": 3, "blosc2": 1.2, "raw": 0.6}
 
@@ -194,15 +196,14 @@ class MappedDataset(Dataset):
 
     def __getitems__(self, keys: list[int]) -> dict[str, torch.Tensor]:
         rows, columns = CROP.overlap(SHAPE[1:])[0]
-        images = np.empty((len(keys), *CROP.size), np.int16)
-        labels = np.empty((len(keys), *CROP.size), np.uint8)
+        batch = {kind: empty_batch((len(keys), *CROP.size), np.dtype(dtype)) for kind, dtype in KINDS.items()}
+        arrays = {kind: tensor.numpy() for kind, tensor in batch.items()}
         for n, key in enumerate(keys):
             name = self.table.cases[self.table.case[key // ORIENTATIONS]]
             z = int(self.table.slice[key // ORIENTATIONS])
-            for kind, out in (("image", images), ("label", labels)):
+            for kind, out in arrays.items():
                 out[n] = orient(self.open(name, kind)[z, rows, columns], key % ORIENTATIONS)
-        window = torch.tensor([WINDOW] * len(keys))
-        return {"image": torch.from_numpy(images), "label": torch.from_numpy(labels), "window": window}
+        return batch | {"window": torch.tensor([WINDOW] * len(keys))}
 
 
 class NpzDataset(Dataset):

@@ -7,6 +7,7 @@ uses the same keys.
 
 import hashlib
 import json
+import math
 import os
 import signal
 import time
@@ -184,6 +185,16 @@ def decoding_threads() -> int:
     return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
+def empty_batch(shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
+    """A tensor to be filled; in a loader's worker it is in shared memory, so that it need not be copied there."""
+    kind = torch.from_numpy(np.empty(0, dtype)).dtype
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=kind)
+    # As torch's default_collate does it.
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * kind.itemsize)
+    return torch.empty(0, dtype=kind).set_(storage, 0, shape)
+
+
 class SliceDataset(Dataset):
     """Batches of oriented crops by their keys. One item is a whole batch, read at once."""
 
@@ -205,8 +216,9 @@ class SliceDataset(Dataset):
             reads.append([self.reader.slices(name, kind).start(z, what) for kind in ("image", "label")])
         cached = self.cache.start_reading(keys) if self.cache is not None else None
         dtype = np.result_type(*(fact.dtype for fact in facts))
-        images = np.empty((len(keys), *self.crop.size), dtype)
-        labels = np.empty((len(keys), *self.crop.size), np.uint8)
+        image_batch = empty_batch((len(keys), *self.crop.size), dtype)
+        label_batch = empty_batch((len(keys), *self.crop.size), np.dtype(np.uint8))
+        images, labels = image_batch.numpy(), label_batch.numpy()
 
         def fill(n: int) -> None:
             (image, label), orientation = reads[n], keys[n] % ORIENTATIONS
@@ -215,8 +227,8 @@ class SliceDataset(Dataset):
 
         self.reader.each(fill, len(keys))
         return {
-            "image": torch.from_numpy(images),
-            "label": torch.from_numpy(labels),
+            "image": image_batch,
+            "label": label_batch,
             "window": torch.tensor([fact.window for fact in facts], dtype=torch.float32),
             "keys": torch.from_numpy(keys),
             "entries": cached() if cached is not None else None,
