@@ -96,6 +96,32 @@ def parser() -> argparse.ArgumentParser:
     prepare._negative_number_matcher = re.compile(r"-[\d.]+(,-?[\d.]+)?$")
     prepare.set_defaults(run=run_prepare)
 
+    verify = commands.add_parser("verify", help="whether every byte of a store is as it was written")
+    verify.add_argument("store", type=located, help="slice store")
+    verify.add_argument(
+        "--source", type=Path, help="folder of the data set: compare every voxel with the NIfTI files there"
+    )
+    verify.add_argument("--image-pattern", help="layout pairs: if images have other names than when they were prepared")
+    verify.add_argument("--label-pattern", help="layout pairs: the same for labels")
+    verify.add_argument(
+        "--repair", action="store_true", help="restore damaged metadata, and prepare damaged cases again from --source"
+    )
+    verify.add_argument(
+        "--workers", type=at_least(1), help="number of parallel processes, one case in each (default: one per core)"
+    )
+    verify.set_defaults(run=run_verify)
+
+    export = commands.add_parser("export", help="a case back to NIfTI, on its source's grid")
+    export.add_argument("store", type=located, help="slice store")
+    export.add_argument("case", help="name of the case")
+    export.add_argument("out", type=Path, help="file to write, .nii.gz or .nii")
+    what = export.add_mutually_exclusive_group()
+    what.add_argument("--label", action="store_true", help="the label rather than the image")
+    what.add_argument(
+        "--prediction", type=Path, help="a .npy file or Zarr array (slices, rows, columns) in place of the case's own"
+    )
+    export.set_defaults(run=run_export)
+
     split = commands.add_parser("split", help="divide the cases into train, val and test")
     split.add_argument("store", type=located, help="slice store")
     for part, share in DEFAULT_SHARES.items():
@@ -188,6 +214,25 @@ def run_prepare(options: argparse.Namespace) -> int:
     sources = prepare.find_sources(options.input, options.layout, patterns, options.channel, options.unlabelled)
     sources = prepare.choose(sources, options.only, part)
     return 1 if prepare.prepare(sources, settings, options.workers or prepare.default_workers()) else 0
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    from .prepare import default_workers
+    from .verify import verify
+
+    patterns = (options.image_pattern, options.label_pattern)
+    workers = options.workers or default_workers()
+    return (
+        1 if verify(options.store, options.source, patterns if any(patterns) else None, options.repair, workers) else 0
+    )
+
+
+def run_export(options: argparse.Namespace) -> int:
+    from .export import export
+
+    export(options.store, options.case, options.out, options.label, options.prediction)
+    console.print(f"{options.case} in {options.out}")
+    return 0
 
 
 def run_split(options: argparse.Namespace) -> int:

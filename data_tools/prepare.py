@@ -10,12 +10,13 @@ import sys
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -203,7 +204,7 @@ def prepare(sources: Sequence[Source], options: Options, workers: int) -> int:
     single, double = separate_doubles(sources)
     done: dict[str, Result] = {}
     with progress(len(single) + len(double), "prepare") as bar:
-        for result in (*double, *results(single, options, workers)):
+        for result in (*double, *results(partial(prepare_case, options), single, workers, lost_source)):
             done[result.case] = result
             if result.status == "failed":
                 print(f"error: {result.case}: {result.note}", file=sys.stderr)
@@ -245,27 +246,35 @@ def case_lock(store: Path, case: str) -> Iterator[None]:
         yield
 
 
-def results(sources: Sequence[Source], options: Options, workers: int) -> Iterator[Result]:
-    """The result of each case as it is done, one case at a time in each of `workers` processes."""
-    workers = min(workers, len(sources))
+def results(
+    work: Callable[[Any], Result], jobs: Sequence[Any], workers: int, lost: Callable[[Any, str], Result]
+) -> Iterator[Result]:
+    """The result of `work` on each job as it is done, one job at a time in each of `workers` processes.
+
+    A job that was not done, as a process was killed, has the result of `lost`, which is given the reason.
+    """
+    workers = min(workers, len(jobs))
     if workers <= 1:
-        yield from (prepare_case(source, options) for source in sources)
+        yield from map(work, jobs)
         return
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=start_worker)
     try:
         # Workers start here, and inherit that Ctrl-C is left to the main process, even while they still import.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        futures = {pool.submit(prepare_case, source, options): source for source in sources}
+        futures = {pool.submit(work, job): job for job in jobs}
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         for future in as_completed(futures):
             try:
                 yield future.result()
             except BrokenProcessPool:
-                source = futures[future]
-                reason = "not done, as a worker process was killed (out of memory?); use fewer --workers"
-                yield Result(source.case, "failed", f"{source.image}: {reason}")
+                yield lost(futures[future], "as a worker process was killed (out of memory?); use fewer --workers")
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def lost_source(source: Source, reason: str) -> Result:
+    """A case that was not prepared."""
+    return Result(source.case, "failed", f"{source.image}: not done, {reason}")
 
 
 def start_worker() -> None:
@@ -279,12 +288,12 @@ def start_worker() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def prepare_case(source: Source, options: Options) -> Result:
-    """Write one case unless it is there already."""
+def prepare_case(options: Options, source: Source, force: bool = False) -> Result:
+    """Write one case unless it is there already, or in any case with `force`."""
     try:
         hashes = source_hashes(source)
         with case_lock(options.store, source.case):
-            if is_there(source.case, hashes, options):
+            if not force and is_there(source.case, hashes, options):
                 return Result(source.case, "unchanged")
             return Result(source.case, "prepared", write(source, hashes, options))
     except UserError as error:

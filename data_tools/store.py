@@ -1,11 +1,12 @@
 """The slice store: its schema, how a case is written, and how a store is opened.
 
     STORE/                      Zarr v3 group; attributes: format, version, labels, window, layout
-    STORE/cases/                group; a second copy of the store's attributes, should the first be damaged
+    STORE/cases/, STORE/splits/ groups; two more copies of the store's attributes, should the first be damaged
     STORE/cases/<case>/         group; attributes: see `Case`; they are written last and make the case visible
     STORE/cases/<case>/image    (Z, H, W) int16 or float32
     STORE/cases/<case>/label    (Z, H, W) uint8: 0 background, 1 organ, 2 tumour; not there in a case without labels
     STORE/splits/<name>/        group; attributes: train, val, test (case names), seed and how it was made
+    STORE/splits/<name>/copy/   group; a second copy of them, as nothing else could bring a split back
 
 Slices are axial. The axes run to (inferior, posterior, left), which is the way KiTS19 is stored. One chunk is one
 slice and one shard is up to 64 slices, compressed with lz4 (see `shuffle_of`), with a crc32c over every chunk.
@@ -147,8 +148,7 @@ def create_store(path: Path, attributes: Mapping[str, Any]) -> None:
 
 
 def _write_root(path: Path, attributes: Mapping[str, Any]) -> None:
-    zarr.create_group(zarr_place(path / "splits"))
-    for group in (path / "cases", path):
+    for group in (path / "splits", path / "cases", path):
         _write_sealed(zarr.create_group(zarr_place(group)), group, attributes)
 
 
@@ -259,6 +259,36 @@ def read_sealed(folder: Path) -> dict[str, Any]:
     return facts
 
 
+def check_groups(path: Path, repair: bool) -> dict[str, str]:
+    """What is wrong with the metadata of a store and of its splits, by their files. All of that is there twice.
+
+    With `repair`, what is damaged is restored from its other copy, and said to be restored. Raises `UserError` if there
+    is no store at all.
+    """
+    path = located(path)
+    if not exists(path / "cases"):
+        _root_attributes(path)
+    alike = [(path, path / "cases", path / "splits")]
+    alike += [(folder, folder / "copy") for folder in sorted(path.glob("splits/*")) if folder.is_dir()]
+    problems = {}
+    for folders in alike:
+        sound = [folder for folder in folders if _is_sealed(folder)]
+        for file in (folder / "zarr.json" for folder in folders if folder not in sound):
+            problems[str(file)] = "damaged" if sound else "damaged, and so are its copies; make a new one"
+            if repair and sound:
+                file.parent.mkdir(exist_ok=True)
+                file.write_bytes((sound[0] / "zarr.json").read_bytes())
+                problems[str(file)] = "damaged, and restored from its copy"
+    return problems
+
+
+def _is_sealed(folder: Path) -> bool:
+    try:
+        return bool(read_sealed(folder))
+    except UserError:
+        return False
+
+
 def delete_case(path: Path, name: str) -> None:
     """Remove a case, its mark of completeness first."""
     folder = located(path) / "cases" / name
@@ -274,13 +304,17 @@ def write_split(path: Path, name: str, record: Mapping[str, Any]) -> None:
 def write_splits(path: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
     """Record several splits, or none of them if a name is taken."""
     path = located(path)
-    splits = zarr.open_group(zarr_place(path), mode="r+").require_group("splits")
+    splits = path / "splits"
     for name in records:
         check_name("split", name)
-        if name in splits:
+        # One whose writing was interrupted has no record.
+        if exists(splits / name / "zarr.json") and read_sealed(splits / name):
             raise UserError(f"{path}: a split '{name}' exists and a split never changes; give another --name")
     for name, record in records.items():
-        _write_sealed(splits.create_group(name), path / "splits" / name, record)
+        remove(splits / name)
+        groups = {folder: zarr.create_group(zarr_place(folder)) for folder in (splits / name, splits / name / "copy")}
+        for folder, group in groups.items():
+            _write_sealed(group, folder, record)
 
 
 def check_name(kind: str, name: str) -> None:
@@ -302,7 +336,8 @@ def open_store(path: Path, only: str = "*") -> Store:
         cases = {case.name: case for case in threads.map(partial(read_case, path), names) if case}
     if not cases:
         raise UserError(f"{path}: the store holds no complete case; run spark-data prepare")
-    splits = {file.parent.name: read_sealed(file.parent) for file in sorted(path.glob("splits/*/zarr.json"))}
+    records = {file.parent.name: read_sealed(file.parent) for file in sorted(path.glob("splits/*/zarr.json"))}
+    splits = {name: record for name, record in records.items() if record}
     return Store(path=path, attributes=attributes, cases=cases, splits=splits)
 
 

@@ -11,6 +11,7 @@ from nifti_cases import AFFINE, ORIENTATIONS, at_world_places, read, save
 from scipy.spatial.transform import Rotation
 
 from data_tools.errors import UserError
+from data_tools.export import export
 from data_tools.layouts import Source
 from data_tools.prepare import Options, prepare_case
 from data_tools.store import AXES, create_store, open_store
@@ -35,9 +36,9 @@ def as_label(voxels: np.ndarray, mapping, other: bool) -> list[int]:
 def prepared(folder: Path, image: Path, label: Path, labels=None):
     """The stored case of two files, its image and its label."""
     store = folder / "s.zarr"
-    create_store(store, {})
+    create_store(store, {"labels": labels or {"organ": [1, 2]}})
     window = {"kind": "fixed", "low": 0, "high": 1}
-    result = prepare_case(Source("a", image, label), Options(store, labels or {"organ": [1, 2]}, False, window, None))
+    result = prepare_case(Options(store, labels or {"organ": [1, 2]}, False, window), Source("a", image, label))
     assert result.status == "prepared", result.note
     return open_store(store).cases["a"], read(store, "a", "image"), read(store, "a", "label")
 
@@ -64,7 +65,7 @@ def test_to_the_store_and_back(axes, label_axes, shape, spacing, tilt, dtype, sc
         folder = Path(name)
         image = save(folder / f"image{suffix}", voxels, affine, axes, scale)
         label = save(folder / f"label{suffix}", random.integers(0, 3, shape).astype(np.uint8), affine, label_axes)
-        case, stored, stored_labels = prepared(folder, image, label)
+        case, stored, stored_labels = prepared(folder, image, label, {"organ": [1], "tumour": [2]})
 
         for axis, direction in enumerate(AXES):
             world, sign = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}[direction]
@@ -73,9 +74,18 @@ def test_to_the_store_and_back(axes, label_axes, shape, spacing, tilt, dtype, sc
         source = nibabel.load(image)
         values = np.asanyarray(source.dataobj)
         np.testing.assert_array_equal(stored, at_world_places(case, image).astype(stored.dtype))
-        np.testing.assert_array_equal(stored_labels, at_world_places(case, label) > 0)
+        np.testing.assert_array_equal(stored_labels, at_world_places(case, label))
 
         np.testing.assert_array_equal(to_source_grid(stored, case), values.astype(stored.dtype))
+        for kind, original in (("image", image), ("label", label)):
+            back = folder / f"back-{kind}{suffix}"
+            export(folder / "s.zarr", "a", back, label=kind == "label")
+            before, after = nibabel.load(original), nibabel.load(back)
+            # Numbers with fractions are stored scaled, as float32.
+            exact = kind == "label" or not scale or dtype[0] in "iu"
+            np.testing.assert_allclose(after.dataobj, np.asanyarray(before.dataobj), rtol=0 if exact else 1e-6)
+            np.testing.assert_allclose(after.affine, before.affine, rtol=1e-6, atol=1e-5)
+            assert after.get_data_dtype() == before.get_data_dtype()
         assert case.source["image"]["shape"] == list(source.shape)
         assert case.source["image"]["orientation"] == "".join(nibabel.aff2axcodes(source.affine))
         np.testing.assert_array_equal(case.source["image"]["affine"], source.affine)

@@ -1,0 +1,206 @@
+"""Is every byte of a store as it was written, and every voxel that of its source?"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .errors import UserError
+from .layouts import Source
+from .location import finished, open_array
+from .prepare import Options, Result, convert, find_sources, options_of, prepare_case, results, source_hashes
+from .report import case_row, cases_table, console, progress
+from .store import LABELS, SHARD_SLICES, Case, check_groups, read_case
+
+
+class Job(NamedTuple):
+    """A case to verify, and its source if there is one to compare it with."""
+
+    case: str
+    source: Source | None
+
+
+def verify(store: Path, root: Path | None, patterns: Sequence[str] | None, repair: bool, workers: int) -> int:
+    """Verify the store's own metadata, its splits and all cases, print a table, and return how many are damaged.
+
+    With `root`, the folder that the cases came from, every voxel is compared with the NIfTI files; `patterns` are
+    those of layout pairs if the files have other names now. `repair` restores metadata from their copies and prepares
+    damaged cases again; what that healed is not counted. Raises `UserError` if `store` is no store, or `repair` has no
+    `root`.
+    """
+    if repair and root is None:
+        raise UserError(f"{store}: --repair prepares damaged cases again and needs --source, the folder they came from")
+    groups = check_groups(store, repair)
+    for name, problem in groups.items():
+        print(f"error: {name}: {problem}", file=sys.stderr)
+    jobs, options = find_jobs(store, root, patterns)
+    done: dict[str, Result] = {}
+    with progress(len(jobs), "verify") as bar:
+        for result in results(partial(verify_case, store, options), jobs, workers, lost):
+            if repair and result.status != "sound":
+                result = repaired(store, options, next(job for job in jobs if job.case == result.case), result)
+            done[result.case] = result
+            if result.status != "sound":
+                print(
+                    f"{'note' if result.status == 'repaired' else 'error'}: {result.case}: {result.note}",
+                    file=sys.stderr,
+                )
+            bar.advance(bar.task_ids[0])
+    return summary(store, done, groups)
+
+
+def find_jobs(store: Path, root: Path | None, patterns: Sequence[str] | None) -> tuple[list[Job], Options | None]:
+    """All cases of the store and, with `root`, the labelled ones of the data set that the store lacks."""
+    names = {folder.name for folder in store.glob("cases/*") if folder.is_dir()}
+    if root is None:
+        return [Job(name, None) for name in sorted(names)], None
+    options = options_of(store)
+    found = find_sources(root, options.layout, patterns or options.patterns, options.channel, unlabelled=True)
+    sources = {source.case: source for source in found}
+    names |= {source.case for source in found if source.label}
+    return [Job(name, sources.get(name)) for name in sorted(names)], options
+
+
+def lost(job: Job, reason: str) -> Result:
+    return Result(job.case, "damaged", f"not verified, {reason}")
+
+
+def verify_case(store: Path, options: Options | None, job: Job) -> Result:
+    """Whether a case is sound, damaged, missing, or made of files that changed since."""
+    try:
+        case = read_case(store, job.case)
+        if case is None:
+            return Result(job.case, "missing", "not in the store, or not complete; prepare it")
+        if problems := list(damages(store, case)):
+            return Result(job.case, "damaged", "; ".join(problems))
+        return compare(store, options, case, job.source) if options else Result(job.case, "sound")
+    except (UserError, OSError) as error:
+        return Result(job.case, "damaged", str(error))
+
+
+def damages(store: Path, case: Case) -> Iterator[str]:
+    """What is wrong with the voxels of a case: slices that can't be read, and labels that were not counted so."""
+    for kind in ("image", "label") if case.labelled else ("image",):
+        array = open_array(store / "cases" / case.name / kind)
+        if tuple(array.shape) != case.shape:
+            yield f"{kind} of shape {array.shape}, not {case.shape}"
+            continue
+        bad, miscounted = [], []
+        for start in range(0, case.shape[0], SHARD_SLICES):
+            # The good slices of a damaged shard are read one by one.
+            for z, voxels in shard(array, start, min(start + SHARD_SLICES, case.shape[0])):
+                if voxels is None:
+                    bad.append(z)
+                elif kind == "label" and counts(voxels) != case.label_counts[z].tolist():
+                    miscounted.append(z)
+        if bad:
+            yield f"{kind} slice {ranges(bad)} can't be read"
+        if miscounted:
+            yield f"label counts of slice {ranges(miscounted)} are wrong"
+
+
+def shard(array, start: int, stop: int) -> Iterator[tuple[int, np.ndarray | None]]:
+    """Slices with their voxels, or None where they can't be read."""
+    try:
+        block = finished(array[start:stop].read(), "")
+    except UserError:
+        block = None
+    for z in range(start, stop):
+        try:
+            yield z, finished(array[z].read(), "") if block is None else block[z - start]
+        except UserError:
+            yield z, None
+
+
+def counts(label: np.ndarray) -> list[int]:
+    """The voxels of each label in a slice; a list of another length if there are others."""
+    return np.bincount(label.ravel(), minlength=len(LABELS)).tolist()
+
+
+def compare(store: Path, options: Options, case: Case, source: Source | None) -> Result:
+    """Whether a case is what its files would become now."""
+    if source is None:
+        return Result(case.name, "no source", "its files are not in the source folder")
+    if not case.labelled:
+        source = replace(source, label=None)
+    hashes = source_hashes(source)
+    changed = [kind for kind in ("image", "label") if hashes.get(f"{kind}_sha256") != case.source.get(f"{kind}_sha256")]
+    if changed:
+        return Result(case.name, "changed", f"its source ({', '.join(changed)}) is another file now; prepare it again")
+    image, label, attributes, _ = convert(source, with_spacing(options, case))
+    for key, value in (("affine", case.affine), ("spacing", case.spacing), ("window", case.window)):
+        if not np.array_equal(attributes[key], value):
+            return Result(case.name, "damaged", f"its {key} is not that of its source")
+    for kind, voxels in (("image", image), ("label", label)):
+        if voxels is None:
+            continue
+        array = open_array(store / "cases" / case.name / kind)
+        if voxels.shape != case.shape or voxels.dtype != array.dtype.numpy_dtype:
+            return Result(case.name, "damaged", f"its {kind} has not the shape and type of its source")
+        for start in range(0, len(voxels), SHARD_SLICES):
+            part = slice(start, min(start + SHARD_SLICES, len(voxels)))
+            stored = finished(array[part].read(), f"{kind} slice {start}")
+            if different := np.flatnonzero((stored != voxels[part]).any(axis=(1, 2))).tolist():
+                found = ranges([start + z for z in different])
+                return Result(case.name, "damaged", f"{kind} slice {found} differs from its source")
+    return Result(case.name, "sound")
+
+
+def with_spacing(options: Options, case: Case) -> Options:
+    """The options with the spacing that was given for a case whose file has none."""
+    source = case.source["image"]
+    if not source["lacks_spacing"]:
+        return options
+    return replace(options, spacing=tuple(np.linalg.norm(np.array(source["affine"])[:3, :3], axis=0)))
+
+
+def repaired(store: Path, options: Options, job: Job, before: Result) -> Result:
+    """Prepare a case again, and verify it. A case without a source stays as it is."""
+    if job.source is None:
+        return before._replace(note=f"{before.note}; it can't be prepared again, as its files are not in the source")
+    try:
+        case = read_case(store, job.case)
+        options = with_spacing(options, case) if case else options
+        if case and not case.labelled:
+            job = job._replace(source=replace(job.source, label=None))
+    except UserError:
+        pass
+    again = prepare_case(options, job.source, force=True)
+    if again.status == "failed":
+        return before._replace(note=f"{before.note}; preparing it again failed: {again.note}")
+    after = verify_case(store, options, job)
+    return after if after.status != "sound" else Result(job.case, "repaired", f"{before.note}; prepared again")
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """`3, 5–9` for sorted numbers."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    shown = [f"{low}–{high}" if high > low else str(low) for low, high in runs[:8]]
+    return ", ".join(shown) + (" …" if len(runs) > 8 else "")
+
+
+def summary(store: Path, done: dict[str, Result], groups: dict[str, str]) -> int:
+    """A table of the cases and a line with their numbers. Returns how many are not sound."""
+    table = cases_table(str(store), ["status"])
+    for name, result in sorted(done.items()):
+        try:
+            case = read_case(store, name)
+        except UserError:
+            case = None
+        table.add_row(*(case_row(case) if case else [name, *[""] * 7]), result.status)
+    console.print(table)
+    tally: dict[str, int] = {"sound": 0}
+    for result in done.values():
+        tally[result.status] = tally.get(result.status, 0) + 1
+    console.print(f"{len(done)} cases: " + ", ".join(f"{number} {status}" for status, number in tally.items()))
+    unsound = sum(number for status, number in tally.items() if status not in ("sound", "repaired"))
+    return unsound + sum("restored" not in problem for problem in groups.values())
