@@ -8,6 +8,7 @@ uses the same keys.
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import signal
 import time
@@ -321,8 +322,20 @@ def training_loader(dataset: SliceDataset, sampler: EpochSampler, workers: int) 
         persistent_workers=workers > 0,
         multiprocessing_context="forkserver" if workers else None,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=end_with_parent,
     )
     return Ahead(loader)
+
+
+def end_with_parent(worker: int) -> None:
+    """A worker whose training process was killed ends. It would wait for ever, as what it was forked from lives on."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 class Ahead:

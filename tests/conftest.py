@@ -115,4 +115,4 @@ def jobs():
 
     yield run
     server.stdin.close()
-    server.wait(30)
+    server.wait(120)

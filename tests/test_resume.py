@@ -3,7 +3,9 @@
 import json
 import random
 import signal
+import time
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -123,6 +125,22 @@ def test_all_checkpoints_damaged_is_an_error(tmp_path):
     for _ in range(2):
         with pytest.raises(UserError, match="every saved state is damaged"):
             newest_state(tmp_path)
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_killed_job(jobs, tiny_store, tmp_path):
+    arguments = ("--dataset", tiny_store, *SMALL, "--workers", 1, "--out", "job")
+    codes, log = jobs("distill", *arguments, folder=tmp_path, place="step", n=2, signal=signal.SIGKILL)
+    assert codes == [-signal.SIGKILL], log
+
+    def left():
+        here = [p for p in psutil.process_iter(["cwd", "cmdline"]) if p.info["cwd"] == str(tmp_path)]
+        return [p for p in here if "forkserver" in " ".join(p.info["cmdline"] or ())]
+
+    end = time.monotonic() + 60
+    while left():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 @pytest.mark.slow

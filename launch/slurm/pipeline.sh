@@ -12,7 +12,7 @@ shift 2
 read -ra options <<<"${OPTIONS:-}"
 read -ra flags <<<"${SBATCH_FLAGS:-}"
 value() { sed -n "s/^$1: *//p" "$recipe"; }
-store=$(value dataset) task=$(value task) teacher=$(value teacher) runs=${RUNS:-runs}
+store=$(value dataset) task=$(value task) teacher=$(value teacher) width=$(value teacher_width) runs=${RUNS:-runs}
 common=(--config "$recipe" "${options[@]}")
 name=$(basename "$store" .zarr)-$task
 
@@ -26,7 +26,7 @@ submit() { # sbatch, after the job before
 
 submit --array="1-${PARTS:-8}" launch/slurm/prepare.sbatch "$data" "$store" "$@"
 submit --job-name=spark-split --wrap "spark-data split $(printf %q "$store")"
-submit launch/slurm/train.sbatch "${common[@]}" --network "$teacher" --out "$runs/$name/teacher"
+submit launch/slurm/train.sbatch "${common[@]}" --network "$teacher" --width "${width:-1}" --out "$runs/$name/teacher"
 checkpoint=$runs/$name/teacher/student/best.safetensors
 submit launch/slurm/cache.sbatch "${common[@]}" --teacher-checkpoint "$checkpoint"
 submit launch/slurm/distill.sbatch "${common[@]}" --teacher-checkpoint "$checkpoint" --out "$runs/$name/distilled"
