@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from .errors import UserError, unknown_name
+from .errors import UserError
 from .layouts import LAYOUTS
 from .location import located
 from .report import case_row, cases_table, console, progress, window_text
@@ -147,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
     preview = commands.add_parser("preview", help="a contact sheet of each case, and one HTML page over all")
     preview.add_argument("store", type=located, help="slice store")
     preview.add_argument("--out", type=Path, help="folder to write to (default: STORE's name with -preview)")
-    preview.add_argument("--only", nargs="+", metavar="CASE", help="draw only these cases; the others' sheets stay")
+    preview.add_argument("--only", help="draw these cases alone, as for prepare; the sheets of others stay")
     preview.add_argument("--slices", type=at_least(1), default=10, help="slices of each case (default 10)")
     preview.set_defaults(run=run_preview)
 
@@ -265,13 +265,12 @@ def given_shares(given: dict[str, float]) -> dict[str, float]:
 
 
 def run_preview(options: argparse.Namespace) -> int:
+    from .prepare import named
     from .preview import preview
     from .store import open_store
 
     store = open_store(options.store)
-    cases = options.only or list(store.cases)
-    if unknown := [name for name in cases if name not in store.cases]:
-        raise UserError(f"{options.store}: {unknown_name('case', unknown[0], store.cases)}")
+    cases = named(store.cases, options.only)
     page = preview(store, options.out or Path(f"{options.store.stem}-preview"), cases, options.slices)
     console.print(f"{len(cases)} cases in {page}")
     return 0

@@ -10,7 +10,7 @@ import sys
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -180,18 +180,24 @@ def choose(sources: Sequence[Source], only: str | None, part: tuple[int, int] | 
 
     Raises `UserError` for a name that is no case's.
     """
-    names = sorted({source.case for source in sources})
-    if only is not None:
-        chosen = set()
-        for pattern in filter(None, (pattern.strip() for pattern in only.split(","))):
-            matching = [name for name in names if fnmatchcase(name, pattern)]
-            if not matching:
-                raise UserError(f"--only {only}: {unknown_name('case', pattern, names)}")
-            chosen.update(matching)
-        names = sorted(chosen)
+    names = named({source.case for source in sources}, only)
     if part is not None:
         names = names[part[0] - 1 :: part[1]]
     return [source for source in sources if source.case in set(names)]
+
+
+def named(cases: Iterable[str], only: str | None) -> list[str]:
+    """The cases that `only` names, sorted; all if it is None. Raises `UserError` for a name that is no case's."""
+    names = sorted(cases)
+    if only is None:
+        return names
+    chosen = set()
+    for pattern in filter(None, (pattern.strip() for pattern in only.split(","))):
+        matching = [name for name in names if fnmatchcase(name, pattern)]
+        if not matching:
+            raise UserError(f"--only {only}: {unknown_name('case', pattern, names)}")
+        chosen.update(matching)
+    return sorted(chosen)
 
 
 def prepare(sources: Sequence[Source], options: Options, workers: int) -> int:
