@@ -109,8 +109,13 @@ def read_header(path: Path, channel: int | None = None, spacing: Sequence[float]
         # The header's size tells the format: 540 bytes is NIfTI-2, in either byte order.
         kind = nibabel.Nifti2Header if start[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else nibabel.Nifti1Header
         block = start[: kind.sizeof_hdr]
-        steps = np.array(kind(block, check=False)["pixdim"][1:4], dtype=float)
-        header = kind(block)
+        written, header = kind(block, check=False), kind(block)
+        steps = np.array(written["pixdim"][1:4], dtype=float)
+        # What nibabel would mend without a word.
+        if written["sizeof_hdr"] != kind.sizeof_hdr:
+            raise ValueError(f"a header of {written['sizeof_hdr']} bytes")
+        if np.isinf([written["scl_slope"], written["scl_inter"]]).any():
+            raise ValueError("an infinite slope or intercept")
         if header["magic"].item() != header.single_magic:
             raise ValueError("not NIfTI in one file")
         shape, dtype = header.get_data_shape(), header.get_data_dtype()
