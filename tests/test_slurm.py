@@ -145,8 +145,11 @@ def test_a_job_on_two_nodes_that_is_preempted_twice_ends_as_an_undisturbed_one(s
     job = slurm.submit(*sbatch, "launch/slurm/distill.sbatch", *options, "--out", tmp_path / "preempted")
     states = tmp_path / "preempted" / "student" / "checkpoints"
     for number, preempt in enumerate((("scontrol", "requeue", job), ("scancel", "--batch", "--signal=USR1", job))):
-        before = max(states.glob("step-*.pt"), default=None)
         end = time.monotonic() + 600
+        while "RUNNING" not in slurm("exec", "squeue", "-h", "-o", "%T"):
+            assert time.monotonic() < end, logs(tmp_path)
+            time.sleep(0.2)
+        before = max(states.glob("step-*.pt"), default=None)
         while max(states.glob("step-*.pt"), default=None) == before:
             assert time.monotonic() < end, logs(tmp_path)
             time.sleep(0.05)

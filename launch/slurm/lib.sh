@@ -39,12 +39,12 @@ on_nodes() {
         echo
         return
     fi
-    trap stop USR1
     # The launcher, which would die of the signal, ignores it; the processes that it starts listen for themselves.
     # shellcheck disable=SC2016 # for the shell on the node
     srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 \
         bash -c 'trap "" USR1; exec "${@/#NODE_NUMBER/$SLURM_NODEID}"' bash "$@" &
     step=$!
+    [ -z "$stopping" ] || stop
     # bash runs a trap only between commands, and the trap ends the wait.
     wait "$step" || code=$?
     while kill -0 "$step" 2>/dev/null; do
@@ -61,9 +61,11 @@ on_nodes() {
 
 stop() {
     stopping=yes
+    [ -n "$step" ] || return 0
     # To the processes, not to this script; again, as those that are still starting do not listen yet.
     while kill -0 "$step" 2>/dev/null; do
         scancel --signal=USR1 "$SLURM_JOB_ID" || true
         sleep 5
     done &
 }
+trap stop USR1
