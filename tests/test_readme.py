@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -24,19 +25,21 @@ def commands():
                 yield words
 
 
+def command_module(name):
+    return import_module(f"spark_dist.{name.replace('-', '_')}")
+
+
 def test_there_are_commands():
     assert len(list(commands())) > 10
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_commands_are_understood(words, monkeypatch):
-    from importlib import import_module
-
     monkeypatch.chdir(ROOT)
     if words[0] == "spark-data":
         assert parser().parse_args(words[1:]).run
     elif words[0] == "spark-dist":
-        parse(import_module(f"spark_dist.{words[1]}").OPTIONS, words[2:], "spark-dist")
+        parse(command_module(words[1]).OPTIONS, words[2:], "spark-dist")
     elif words[:2] == ["accelerate", "launch"]:
         assert Path(words[words.index("--config_file") + 1]).is_file()
         module = words.index("-m") + 1
@@ -60,9 +63,7 @@ def test_recipes_serve_both_commands(recipe):
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_every_option_has_its_help(command, capsys):
-    from importlib import import_module
-
-    options = import_module(f"spark_dist.{command}").OPTIONS
+    options = command_module(command).OPTIONS
     with pytest.raises(SystemExit):
         parse(options, ["--help"], command)
     text = capsys.readouterr().out
