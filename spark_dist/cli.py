@@ -18,6 +18,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 COMMANDS = {
     "train": "train a network without a teacher",
     "distill": "train a student with a teacher",
+    "cache": "fill a teacher cache ahead of training; list, verify, prune caches",
     "evaluate": "per-case figures of a checkpoint on one part of a split",
     "compare": "table of runs: teacher, student alone, student distilled",
     "profile": "parameters, GFLOPs, activation memory and latency of networks",
@@ -97,6 +98,7 @@ def parse(options: type, argv: Sequence[str], program: str) -> Any:
     Raises `UserError` for anything that does not fit.
     """
     argv = [re.sub(r"^--[a-z][a-z0-9.-]*", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv]
+    argv = with_values(argv, {f"--{field.name}" for field in fields(options) if field.type is bool})
     parser = ArgumentParser(prog=program, exit_on_error=False, allow_abbrev=False, description=options.__doc__)
     parser.add_argument("--config", metavar="FILE", help="Recipe: a YAML file of options (train and distill).")
     positional = [field for field in fields(options) if "positional" in field.metadata]
@@ -112,6 +114,16 @@ def parse(options: type, argv: Sequence[str], program: str) -> Any:
         message = " ".join(str(error).split())
         raise UserError(f"{message} (see {program} --help)") from None
     return options(**{field.name: getattr(parsed, field.name) for field in fields(options)})
+
+
+def with_values(argv: Sequence[str], switches: set[str]) -> list[str]:
+    """Arguments in which a switch without a value has `true`."""
+    found = []
+    for position, argument in enumerate(argv):
+        found.append(argument)
+        if argument in switches and (position + 1 == len(argv) or argv[position + 1].startswith("--")):
+            found.append("true")
+    return found
 
 
 def _config_argument(argv: Sequence[str]) -> str | None:

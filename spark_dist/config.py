@@ -155,10 +155,13 @@ class DistillOptions(TrainingOptions):
     """Name of the distillation method."""
     weights: dict[str, float] = field(default_factory=dict)
     """Weights and settings of the method that differ from its defaults, for instance --weights.gain 10."""
-    cache: Literal["on", "off"] = "on"
-    """Keep what the method needs of the teacher on disk, or compute it at every step."""
+    cache: Literal["auto", "on", "off", "canonical"] = "auto"
+    """Keep what the method needs of the teacher on disk (on), or compute it at every step (off); auto measures both and
+    takes the faster; canonical keeps one entry a slice and turns it, which is approximate and says by how much."""
     cache_folder: Path = Path("runs/teacher-cache")
     """Where teacher caches lie; a file system that all processes share."""
+    cache_memory: int = 0
+    """MiB of decoded cache entries that each process keeps, above what the system's page cache holds."""
     cache_dtype: Literal["float16", "bfloat16", "float32", "int8"] = "float16"
     """Number format of cached teacher targets; int8 has a scale for each channel, and its error is reported."""
 

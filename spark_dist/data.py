@@ -252,6 +252,12 @@ def orientations(n: int, seed: int, epoch: int, choices: Sequence[int]) -> np.nd
     return orders[:, position]
 
 
+def visited(n: int, seed: int, epochs: int, choices: Sequence[int]) -> np.ndarray:
+    """The keys of all samples that so many epochs see of n slices, in the order in which they are first seen."""
+    orders = [(permutation(n, seed, e), orientations(n, seed, e, choices)) for e in range(min(epochs, len(choices)))]
+    return np.concatenate([order * ORIENTATIONS + turns[order] for order, turns in orders])
+
+
 class EpochSampler:
     """Yields this process's share of each part of each global batch of an epoch, as keys.
 

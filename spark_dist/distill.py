@@ -1,18 +1,21 @@
 """Train a student with a teacher: accelerate launch -m spark_dist.distill --dataset STORE --task organ …"""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from data_tools.errors import UserError
 
-from .checkpoint import load_network
+from .checkpoint import load_network, write_text
 from .cli import module_main
 from .config import DistillOptions
-from .data import ORIENTATIONS
+from .data import ORIENTATIONS, SliceDataset, to_device, visited
 from .distillers import build_distiller
 from .distillers.base import Distiller
 from .entries import entry_bytes
@@ -22,6 +25,7 @@ from .teacher_cache import (
     TeacherTargets,
     open_cache,
     probe_targets,
+    try_cache,
     weights_hash,
 )
 from .train import untaught
@@ -102,14 +106,16 @@ def teach(job: Job, student: nn.Module, checkpoint: Path) -> tuple[Distiller, Te
     distiller = build_distiller(
         o.method, student=student.taps, teacher=teacher.taps, samples=len(job.table), **o.weights
     )
-    cache = None
-    if o.cache == "on":
+    targets = TeacherTargets(teacher.to(job.accelerator.device), distiller, None, job.accelerator.autocast)
+    if o.cache != "off":
         cache = matching_cache(job, teacher, distiller, description)
-    return distiller, TeacherTargets(teacher.to(job.accelerator.device), distiller, cache, job.accelerator.autocast)
+        if worthwhile(job, targets, cache):
+            targets.cache = cache
+    return distiller, targets
 
 
 def matching_cache(job: Job, teacher: nn.Module, distiller: Distiller, facts: dict[str, Any]) -> TeacherCache:
-    """The cache of this teacher, method, crop and data, and a line about its size and what is there already."""
+    """The cache of this teacher, method, crop and data."""
     o, crop = job.options, job.options.crop_window
     probe, shapes = probe_targets(distiller, teacher.taps, crop.size)
     description = {
@@ -121,23 +127,62 @@ def matching_cache(job: Job, teacher: nn.Module, distiller: Distiller, facts: di
         "targets": shapes,
         "crop": crop.size,
         "crop_shift": crop.shift,
+        "dataset": o.dataset.stem,
         "slices": job.table.fingerprint,
         "task": o.task,
         "dtype": o.cache_dtype,
         "mixed_precision": job.accelerator.mixed_precision,
     }
     size = len(job.table) * ORIENTATIONS
-    cache = open_cache(o.cache_folder, description, size, shapes, o.cache_dtype)
-    total = len(job.table) * min(len(o.orientation_choices), o.epochs)
-    needed = total * entry_bytes(shapes, o.cache_dtype)
-    free = shutil.disk_usage(cache.folder).free
-    state = "reuses it" if cache.entries() else "new"
-    job.say(
-        f"teacher cache {cache.folder} ({state}): {cache.entries()} of {total} entries there, "
-        f"{needed / 2**20:.0f} MiB in all before compression, {free / 2**30:.1f} GiB free"
-    )
+    settings = {"canonical": o.cache == "canonical", "memory": o.cache_memory * 2**20}
+    cache = open_cache(o.cache_folder, description, size, shapes, o.cache_dtype, **settings)
     job.accelerator.wait_for_everyone()
     return cache
+
+
+def worthwhile(job: Job, targets: TeacherTargets, cache: TeacherCache) -> bool:
+    """Try the cache on a few slices; say what it needs, gains and costs; and whether to use it.
+
+    With `--cache auto` the first try of a job decides for all of it, so that a resumed job goes on alike.
+    """
+    o, accelerator, device = job.options, job.accelerator, job.accelerator.device
+    choices, n = o.orientation_choices, len(job.table)
+    keys = np.array([row * ORIENTATIONS + choices[(row + 1) % len(choices)] for row in range(min(4, n))])
+    batch = to_device(SliceDataset(job.table, o.crop_window).__getitems__(keys), o.task, device)
+    found = try_cache(targets, cache, batch)
+    forward, read = accelerator.reduce(torch.tensor([found.forward, found.read], device=device), "mean").tolist()
+
+    planned = np.unique(cache.stored(visited(n, o.seed, o.epochs, choices)))
+    missing, seen = int(cache.missing(planned).sum()), n * o.epochs
+    needed = missing * entry_bytes(cache.shapes, cache.dtype)
+    free = shutil.disk_usage(cache.folder).free
+    live, cached = seen * forward, missing * forward + (seen - missing) * read
+    job.say(
+        f"teacher cache {cache.folder} ({'new' if missing == len(planned) else 'reuses it'}): "
+        f"{len(planned) - missing} of {len(planned)} entries there, {needed / 2**20:.0f} MiB to come before "
+        f"compression, {free / 2**30:.1f} GiB free; a slice takes {1000 * forward:.1f} ms by the teacher, "
+        f"{1000 * read:.1f} ms to read: {cached / 60:.1f} instead of {live / 60:.1f} minutes in {o.epochs} epochs"
+    )
+    if cache.dtype == "int8" or cache.canonical:
+        what = "turned features" if cache.canonical else "int8"
+        errors = ", ".join(f"{name} {error:.2%}" for name, error in found.error.items())
+        job.say(f"{what}: approximate, by (root mean square, relative) {errors}")
+    if needed > free:
+        job.say("teacher cache: the disk has no room for all of it")
+    if o.cache != "auto":
+        return True
+    faster = cached < live and needed < free
+    first = accelerator.is_main_process
+    (use,) = broadcast_object_list([decision(job.folder / "cache.json", faster) if first else None])
+    job.say(f"--cache auto: {'uses the cache' if use else 'computes the teacher at every step, which is faster'}")
+    return use
+
+
+def decision(file: Path, now: bool) -> bool:
+    """What was decided when this was first asked."""
+    if not file.exists():
+        write_text(file, json.dumps(now))
+    return json.loads(file.read_text())
 
 
 if __name__ == "__main__":

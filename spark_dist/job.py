@@ -46,6 +46,7 @@ MAY_DIFFER = (
     "keep_checkpoints",
     "timeout_minutes",
     "cache_folder",
+    "cache_memory",
 )
 """Options in which a resumed job may differ from what it was."""
 
@@ -154,6 +155,7 @@ def discard(folder: Path) -> None:
             "checkpoints/step-*",
             "best.safetensors",
             "test_cases.json",
+            "cache.json",
             "*.png",
             "tracking*",
         ):
@@ -259,9 +261,12 @@ def train_stage(
                 tracker,
             )
         if targets.teacher is not None:
-            hits, forwards = accelerator.reduce(torch.tensor([targets.hits, targets.forwards]).to(accelerator.device))
-            job.say(f"{role}: {hits} targets read from the cache, {forwards} by a teacher forward")
-            tracker.metrics({"cache/hits": int(hits), "cache/teacher_forwards": int(forwards)}, step=0)
+            counts = torch.tensor([targets.hits, targets.forwards, targets.damaged], device=accelerator.device)
+            hits, forwards, damaged = accelerator.reduce(counts).tolist()
+            found = f", {damaged} damaged entries" if damaged else ""
+            job.say(f"{role}: {hits} targets read from the cache, {forwards} by a teacher forward{found}")
+            figures = {"cache/hits": hits, "cache/teacher_forwards": forwards, "cache/damaged": damaged}
+            tracker.metrics(figures | {"cache/waited_seconds": loader.waited}, step=0)
         tracker.artifact(best)
         evaluate_on_test(job, role, best, folder, tracker, teacher)
     return best

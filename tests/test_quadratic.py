@@ -4,7 +4,10 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 from golden import random_case
+from torch import nn
 
 from benchmarks.plain_spark import PlainSPARK, plain_distance
 from spark_dist.distillers.features import connector, hierarchical_mse, pool_to, pooled_levels, size_of, smaller
@@ -129,3 +132,49 @@ def test_a_channel_without_variance_is_borne_in_float32():
     torch.testing.assert_close(loss, plain_distance(x, y, layers), rtol=1e-3, atol=1e-5)
     loss.backward()
     assert x.grad.isfinite().all()
+
+
+def synchronised(rank: int, folder: str) -> None:
+    """A process of two whose norm has the statistics of both."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    x, y, layers = synchronised_case()
+    part = slice(0, 3) if rank == 0 else slice(3, 5)
+    layers = nn.SyncBatchNorm.convert_sync_batchnorm(layers)
+    used = x[part].requires_grad_()
+    loss = through_moments(used, y[part], layers) * len(used) * 2 / 5
+    loss.backward()
+    found = [loss.detach() / 2, *(p.grad / 2 for p in layers.parameters())]
+    for value in found:
+        dist.all_reduce(value)
+    torch.save([used.grad / 2, *found, *layers.buffers()], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def synchronised_case():
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(5, 3, 8, 8, generator=generator, dtype=torch.float64)
+    x = x + torch.arange(5).view(5, 1, 1, 1)
+    y = torch.randn(5, 4, 4, 4, generator=generator, dtype=torch.float64)
+    torch.manual_seed(0)
+    return x, y, trained(connector(3, 4)).double()
+
+
+def through_moments(x, y, layers):
+    student = centred(x)
+    pooled = pool_to(student.map, size_of(y))
+    return distance_through(layers, student, pooled, y, pooled_columns(y), power(y))
+
+
+def test_a_norm_over_all_processes_is_that_of_one(tmp_path):
+    torch.multiprocessing.spawn(synchronised, args=(str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    x, y, layers = synchronised_case()
+    loss = through_moments(x.requires_grad_(), y, layers)
+    loss.backward()
+    close(torch.cat([first[0], second[0]]), x.grad)
+    for values in (first, second):
+        for a, b in zip(
+            values[1:], [loss.detach(), *(p.grad for p in layers.parameters()), *layers.buffers()], strict=True
+        ):
+            close(a, b)

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from spark_dist import losses
+
 from .features import full, level_weights, pooled_levels, size_of
 
 
@@ -80,15 +82,36 @@ def normalisation(connector: nn.Sequential, student: Centred) -> tuple[Tensor, T
     dtype = student.map.dtype
     weight = convolution.weight.flatten(1).to(dtype)
     if norm.training:
+        together = isinstance(norm, nn.SyncBatchNorm) and losses.processes() > 1
+        mean, covariance, offset, count = of_all_processes(student) if together else of_this_process(student)
         # Rounding may leave a variance of zero a little below it.
-        variance = ((weight @ student.covariance) * weight).sum(dim=1).clamp(min=0)
+        variance = ((weight @ covariance) * weight).sum(dim=1).clamp(min=0)
         scale = norm.weight.to(dtype) * (variance + norm.eps).rsqrt()
-        shift = norm.bias.to(dtype) - scale * (weight @ student.rest)
-        update_running_statistics(norm, weight @ student.mean, variance, student.map.numel() // student.map.shape[1])
+        shift = norm.bias.to(dtype) + scale * (weight @ offset)
+        update_running_statistics(norm, weight @ mean, variance, count)
     else:
         scale = norm.weight.to(dtype) * (norm.running_var.to(dtype) + norm.eps).rsqrt()
         shift = norm.bias.to(dtype) + scale * (weight @ student.mean - norm.running_mean.to(dtype))
     return scale.unsqueeze(1) * weight, shift
+
+
+def of_this_process(student: Centred) -> tuple[Tensor, Tensor, Tensor, int]:
+    """The mean and covariance that batch norm uses, what the centred map's values lie above that mean, and the number
+    of values."""
+    return student.mean, student.covariance, -student.rest, student.map.numel() // student.map.shape[1]
+
+
+def of_all_processes(student: Centred) -> tuple[Tensor, Tensor, Tensor, int]:
+    """The same for a norm whose statistics are those of the global batch."""
+    own = student.map.numel() // student.map.shape[1]
+    with torch.enable_grad():  # sums are taken over processes only while gradients are
+        count = int(losses.sum_over_processes(student.mean.new_tensor([float(own)])).item())
+        mean = losses.sum_over_processes(own / count * student.mean).detach()
+        apart = student.mean - mean
+        cross = torch.outer(student.rest, apart)
+        second = student.covariance + cross + cross.T + torch.outer(apart, apart)
+        sums = losses.sum_over_processes(own / count * torch.cat([(student.rest + apart)[None], second]))
+    return mean, sums[1:], apart - sums[0], count
 
 
 @torch.no_grad()

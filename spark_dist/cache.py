@@ -1,0 +1,241 @@
+"""Teacher caches: fill one ahead of training, list, check, remove: spark-dist cache --list
+
+Filling takes the options of the distill job that the cache is for, and any number of processes:
+accelerate launch --config_file accelerate_config.yaml -m spark_dist.cache --config RECIPE --teacher-checkpoint FILE
+"""
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch.utils.data import DataLoader
+
+from data_tools.errors import UserError
+from data_tools.location import first_line, open_array
+from data_tools.store import open_store
+
+from .checkpoint import load_network
+from .cli import module_main
+from .config import DistillOptions
+from .data import Ahead, SliceDataset, as_is, to_device, visited
+from .distill import check, matching_cache
+from .distillers import build_distiller
+from .distributed import make_accelerator, shut_down
+from .entries import ROUNDING, as_tensor, decode, encode
+from .job import Job, check_network
+from .progress import console, progress_bar
+from .teacher_cache import TeacherTargets
+from .tracking import null_tracker
+
+FLUSH_SECONDS = 60
+"""How much work of each process is lost at most when it is killed."""
+
+
+@dataclass(kw_only=True)
+class CacheOptions(DistillOptions):
+    """Fill a teacher cache ahead of training, or list, check and remove caches."""
+
+    dataset: Path | None = None
+    """Slice store made by spark-data prepare."""
+    task: Literal["organ", "tumour"] = "organ"
+    """What is segmented: the organ with its tumours, or the tumours."""
+    list: bool = False
+    """Show the caches in the cache folder: what each belongs to, its size and age."""
+    prune: int | None = None
+    """Remove the caches that no job has used for so many days (0: all), and what killed jobs left."""
+    verify: int = 0
+    """Compute so many random entries again with the teacher, and compare."""
+
+
+OPTIONS = CacheOptions
+
+
+def run(options: CacheOptions) -> None:
+    """What the options ask for."""
+    if options.prune is not None:
+        prune(options.cache_folder, options.prune)
+    if options.list:
+        console.print(listing(options.cache_folder))
+    if options.list or options.prune is not None:
+        return
+    for name in ("dataset", "teacher_checkpoint"):
+        if getattr(options, name) is None:
+            raise UserError(f"--{name} says what the cache is for; give the options of the distill job, or --list")
+    check(options)
+    accelerator = make_accelerator()
+    job = Job(options, accelerator, open_store(options.dataset), null_tracker())
+    targets = targets_of(job)
+    if options.verify:
+        verify(job, targets, options.verify)
+    else:
+        fill(job, targets)
+    shut_down(accelerator)
+
+
+def targets_of(job: Job) -> TeacherTargets:
+    """The teacher of the options, and its cache."""
+    o = job.options
+    teacher, description = load_network(o.teacher_checkpoint)
+    student = check_network(o, o.student, o.student_width)
+    distiller = build_distiller(o.method, student.taps, teacher.taps, samples=len(job.table), **o.weights)
+    cache = matching_cache(job, teacher, distiller, description)
+    return TeacherTargets(teacher.to(job.accelerator.device), distiller, cache, job.accelerator.autocast)
+
+
+def fill(job: Job, targets: TeacherTargets) -> None:
+    """Compute what is missing of all that the job's epochs will ask for.
+
+    Batches are the same for any number of processes and after any interruption, and are dealt out to the processes,
+    so that the entries are the same to the byte.
+    """
+    o, cache, accelerator = job.options, targets.cache, job.accelerator
+    keys = cache.stored(visited(len(job.table), o.seed, o.epochs, o.orientation_choices))
+    keys = keys[np.sort(np.unique(keys, return_index=True)[1])]
+    batches = [keys[start : start + o.batch_size] for start in range(0, len(keys), o.batch_size)]
+    mine = [b.tolist() for b in batches if cache.missing(b).any()][
+        accelerator.process_index :: accelerator.num_processes
+    ]
+    accelerator.wait_for_everyone()
+    job.say(f"teacher cache {cache.folder}: {int((~cache.missing(keys)).sum())} of {len(keys)} entries there")
+    dataset = SliceDataset(job.table, o.crop_window)
+    loader = Ahead(DataLoader(dataset, batch_sampler=mine, collate_fn=as_is))
+    flushed = time.monotonic()
+    with progress_bar("teacher cache", len(mine), 0, accelerator.is_main_process) as advance:
+        for raw in loader:
+            targets(to_device(raw, o.task, accelerator.device))
+            if time.monotonic() - flushed > FLUSH_SECONDS:
+                targets.flush()
+                flushed = time.monotonic()
+            if cache.full:
+                break
+            advance()
+    targets.flush()
+    accelerator.wait_for_everyone()
+    left = int(cache.missing(keys).sum())
+    job.say(f"teacher cache {cache.folder}: {len(keys) - left} of {len(keys)} entries, {size_of(cache.folder)}")
+    if left:
+        raise UserError(
+            f"{cache.folder}: {left} entries could not be written; make room and run the same command again"
+        )
+
+
+def verify(job: Job, targets: TeacherTargets, count: int) -> None:
+    """Compare `count` random entries with the teacher, and write damaged ones anew.
+
+    Raises `UserError` if any differs by more than rounding: two steps of the number format, of the largest value.
+    """
+    o, cache, accelerator = job.options, targets.cache, job.accelerator
+    keys = visited(len(job.table), o.seed, o.epochs, o.orientation_choices)
+    there = np.unique(cache.stored(keys)[~cache.missing(keys)])
+    if not len(there):
+        raise UserError(f"{cache.folder}: holds no entry yet; fill it with the same command without --verify")
+    chosen = np.random.default_rng().permutation(there)[:count]
+    allowed = max(4 * ROUNDING[cache.dtype], 1e-4)
+    dataset, worst, wrong, damaged = SliceDataset(job.table, o.crop_window), 0.0, 0, 0
+    for key in chosen[accelerator.process_index :: accelerator.num_processes]:
+        batch = to_device(dataset.__getitems__([int(key)]), o.task, accelerator.device)
+        stored = cache.start_reading(batch.keys)()
+        again = targets.compute(batch.image, batch.mask)
+        if stored.arrays is None:
+            damaged += 1
+            cache.add(batch.keys, again)
+            continue
+        rounded = decode({name: as_tensor(x) for name, x in encode(again, cache.dtype).items()})
+        kept = decode(stored.arrays)
+        error = max(float((kept[n] - x).abs().max() / x.abs().max().clamp(min=1e-6)) for n, x in rounded.items())
+        worst, wrong = max(worst, error), wrong + (error > allowed)
+    cache.flush()
+    counts = accelerator.reduce(torch.tensor([wrong, damaged], device=accelerator.device)).tolist()
+    worst = float(accelerator.gather(torch.tensor([worst], device=accelerator.device)).max())
+    text = f"{len(chosen)} entries computed again: {counts[0]} differ, {counts[1]} damaged and written anew"
+    job.say(f"teacher cache {cache.folder}: {text}; the largest difference is {worst:.1e} of the largest value")
+    if counts[0]:
+        raise UserError(f"{cache.folder}: {text}; remove this cache, it is not this teacher's")
+
+
+def listing(root: Path) -> Table:
+    """A table of the caches in a folder."""
+    table = Table(title=f"teacher caches in {root}")
+    for name in ("cache", "teacher", "method", "dataset", "crop", "format", "entries", "size", "filled", "used"):
+        table.add_column(name, justify="right" if name in ("entries", "size") else "left", no_wrap=name == "cache")
+    for folder in caches(root):
+        about = describe(folder)
+        teacher = (
+            f"{about.get('teacher', '?')} ×{about.get('teacher_width', 0):g} {about.get('teacher_weights', '')[:6]}"
+        )
+        data = f"{about.get('dataset', '?')} {about.get('task', '')}"
+        crop = "×".join(map(str, about.get("crop", ["?"])))
+        facts = (folder.name, teacher, about.get("method", "?"), data, crop, about.get("dtype", "?"))
+        ages = (age(folder / "segments"), age(folder / "description.json"))
+        table.add_row(*map(str, facts), f"{count(folder):,}", size_of(folder), *ages)
+    return table
+
+
+def prune(root: Path, days: float) -> None:
+    """Remove the caches that were not used for `days`, and segments that killed processes left half-written."""
+    for folder in caches(root):
+        file = folder / "description.json"
+        if not file.exists() or time.time() - file.stat().st_mtime >= 86400 * days:
+            console.print(f"removed {folder} ({size_of(folder)})")
+            # What is no longer listed is no longer read.
+            file.unlink(missing_ok=True)
+            shutil.rmtree(folder)
+            continue
+        for aside in [*folder.glob("*.tmp"), *folder.glob("segments/*.tmp")]:
+            if time.time() - aside.stat().st_mtime > 3600:
+                shutil.rmtree(aside, ignore_errors=True)
+
+
+def caches(root: Path) -> list[Path]:
+    """The caches' folders. Raises `UserError` if there is no such folder."""
+    if not Path(root).is_dir():
+        raise UserError(f"{root}: no such folder; give the --cache-folder of the distill job")
+    return sorted(path.parent for path in Path(root).glob("*/segments") if path.is_dir())
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "description.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def count(folder: Path) -> int:
+    """How many entries a cache holds, by its segments' keys."""
+    keys = [np.zeros(0, np.int64)]
+    for path in (folder / "segments").glob("*/keys"):
+        try:
+            keys.append(open_array(path).read().result())
+        except (ValueError, OSError, UserError) as error:
+            console.print(f"{path}: damaged ({first_line(error)})")
+    return len(np.unique(np.concatenate(keys)))
+
+
+def size_of(folder: Path) -> str:
+    """Bytes of a folder's files, for people."""
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def age(path: Path) -> str:
+    """How long ago a file or folder changed."""
+    if not path.exists():
+        return "?"
+    minutes = (time.time() - path.stat().st_mtime) / 60
+    return (
+        f"{minutes:.0f} min ago"
+        if minutes < 90
+        else f"{minutes / 60:.0f} h ago"
+        if minutes < 2880
+        else f"{minutes / 1440:.0f} d ago"
+    )
+
+
+if __name__ == "__main__":
+    module_main("spark_dist.cache")
