@@ -33,7 +33,7 @@ from data_tools.errors import UserError
 from data_tools.location import first_line, open_array
 
 from .checkpoint import write_text
-from .data import ORIENTATIONS, Batch, orient
+from .data import ORIENTATIONS, Batch
 from .distillers.base import Distiller
 from .entries import as_tensor, decode, encode, layout
 from .networks.base import NetworkOutput, Taps
@@ -67,7 +67,7 @@ class TeacherCache:
         memory: int = 0,
     ):
         """`size` is one more than the largest key; `shapes` are those of an entry's targets. `canonical` keeps one
-        entry for a slice, the upright one, and turns it as it is read, which is not exact. `memory` bytes of decoded
+        entry for a slice, the upright one, which `TeacherTargets` turns; that is not exact. `memory` bytes of decoded
         entries are kept by TensorStore."""
         self.folder = Path(folder)
         self.size = size
@@ -139,15 +139,12 @@ class TeacherCache:
 
         def result() -> Entries:
             rows, damaged = [], []
-            for entry, key, waiting in zip(stored, keys, reads, strict=True):
+            for entry, waiting in zip(stored, reads, strict=True):
                 try:
-                    arrays = [wait() for wait in waiting]
+                    rows.append([wait() for wait in waiting])
                 except (ValueError, OSError, UserError) as error:
                     damaged.append(int(entry))
                     log.warning("teacher cache: entry %d: %s; it is computed again", entry, first_line(error))
-                    continue
-                turn = key % ORIENTATIONS if self.canonical else 0
-                rows.append([orient(x, turn) if x.ndim > 1 else x for x in arrays])
             if damaged:
                 self.forget(damaged)
                 return Entries(None, tuple(damaged))
@@ -273,20 +270,20 @@ class TeacherTargets:
         """The method's targets for a batch (see `Distiller.teacher_targets`), in float32."""
         if self.teacher is None:
             return {}
+        turns = batch.keys % ORIENTATIONS if self.cache is not None and self.cache.canonical else None
         if batch.targets is not None:
             self.hits += len(batch.keys)
-            return decode(batch.targets)
-        self.forwards += len(batch.keys)
-        if self.cache is None:
-            return self.compute(batch.image, batch.mask)
-        if batch.damaged:
+            targets = decode(batch.targets)
+        else:
+            self.forwards += len(batch.keys)
             self.damaged += len(batch.damaged)
-            self.cache.forget(batch.damaged)
-        if not self.cache.canonical:
-            return self.cache.add(batch.keys, self.compute(batch.image, batch.mask))
-        turns = batch.keys % ORIENTATIONS
-        targets = self.compute(turned(batch.image, turns, back=True), turned(batch.mask, turns, back=True))
-        targets = self.cache.add(self.cache.stored(batch.keys), targets)
+            image, mask = (x if turns is None else turned(x, turns, back=True) for x in (batch.image, batch.mask))
+            targets = self.compute(image, mask)
+            if self.cache is not None:
+                self.cache.forget(batch.damaged)
+                targets = self.cache.add(self.cache.stored(batch.keys), targets)
+        if turns is None:
+            return targets
         return {name: turned(x, turns) if x.ndim > 2 else x for name, x in targets.items()}
 
     @torch.no_grad()

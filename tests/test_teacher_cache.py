@@ -7,6 +7,7 @@ import torch
 from data_tools.store import open_store
 from spark_dist.data import ORIENTATIONS, Crop, SliceDataset, slice_table, to_device
 from spark_dist.distillers import DISTILLERS, build_distiller
+from spark_dist.entries import DTYPES, ROUNDING, as_tensor, decode, encode, entry_bytes, layout
 from spark_dist.networks import build_network
 from spark_dist.teacher_cache import (
     TeacherCache,
@@ -14,6 +15,7 @@ from spark_dist.teacher_cache import (
     cache_fingerprint,
     open_cache,
     probe_targets,
+    turned,
     weights_hash,
 )
 
@@ -178,3 +180,65 @@ def make_confident(teacher, table):
     with torch.no_grad():
         teacher.train()(to_device(raw, "organ", torch.device("cpu")).image)
         teacher.head.weight *= 10
+
+
+def test_turned_is_what_a_batch_is_turned_by_and_back(tiny_store):
+    table = slice_table(open_store(tiny_store), "default", "train", "organ")
+    turns = np.arange(8)
+    upright, oriented = (
+        to_device(SliceDataset(table, Crop((32, 32))).__getitems__(3 * ORIENTATIONS + o), "organ", torch.device("cpu"))
+        for o in (turns * 0, turns)
+    )
+    assert torch.equal(turned(upright.image, turns), oriented.image)
+    assert torch.equal(turned(oriented.mask, turns, back=True), upright.mask)
+
+
+def test_canonical_targets_are_those_of_the_upright_slice_turned(tiny_store, tmp_path):
+    table = slice_table(open_store(tiny_store), "default", "train", "organ")
+    network = build_network("enet", width=0.25)
+    teacher = build_network("unet", width=0.05).eval()
+    distiller = build_distiller("spark", student=network.taps, teacher=teacher.taps)
+    shapes = probe_targets(distiller, teacher.taps, (32, 32))[1]
+    cache = open_cache(tmp_path, {}, len(table) * ORIENTATIONS, shapes, "float32", canonical=True)
+    targets, live = (TeacherTargets(teacher, distiller, c, nullcontext) for c in (cache, None))
+
+    def batch(turns, cached=None):
+        keys = ORIENTATIONS * np.arange(4) + turns
+        raw = SliceDataset(table, Crop((32, 32)), cached).__getitems__(keys)
+        return to_device(raw, "organ", torch.device("cpu"))
+
+    upright = live(batch(0))
+    first = targets(batch(np.array([1, 3, 4, 6])))
+    targets.flush()
+    assert sorted(np.flatnonzero(~cache.missing(np.arange(cache.size)))) == list(range(4 * ORIENTATIONS))
+    assert cache.entries() == 4
+    second = targets(batch(np.array([1, 3, 4, 6]), cache))
+    assert (targets.forwards, targets.hits) == (4, 4)
+    for name, x in upright.items():
+        expected = turned(x, np.array([1, 3, 4, 6])) if x.ndim > 2 else x
+        torch.testing.assert_close(first[name], expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(first[name], second[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_formats_round_as_little_as_they_say(dtype):
+    targets = {"map": torch.randn(3, 5, 9, 7), "flat": torch.randn(3, 9, 7), "few": torch.randn(3, 4)}
+    targets["map"][:, 2] *= 1000
+    targets["map"][:, 3] = 0
+    arrays = encode(targets, dtype)
+    shapes = {name: x.shape[1:] for name, x in targets.items()}
+    assert {name: (a.shape[1:], str(a.dtype)) for name, a in arrays.items()} == layout(shapes, dtype)
+    assert sum(a[0].nbytes for a in arrays.values()) == entry_bytes(shapes, dtype)
+    back = decode({name: as_tensor(a) for name, a in arrays.items()})
+    assert torch.equal(back["few"], targets["few"])
+    for name in ("map", "flat"):
+        x = targets[name]
+        scale = x.abs()
+        if dtype == "int8":
+            scale = x.abs().amax(dim=(-2, -1), keepdim=True)
+        assert ((back[name] - x).abs() <= 1.01 * ROUNDING[dtype] * scale).all()
+
+
+def test_values_beyond_float16_stay_finite():
+    arrays = encode({"map": torch.full((1, 2, 5, 5), 1e6)}, "float16")
+    assert np.isfinite(arrays["map"]).all()
