@@ -1,18 +1,16 @@
 """Train a student with a teacher: accelerate launch -m spark_dist.distill --dataset STORE --task organ …"""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from data_tools.errors import UserError
 
-from .checkpoint import load_network, write_text
+from .checkpoint import load_network
 from .cli import module_main
 from .config import DistillOptions
 from .data import ORIENTATIONS, SliceDataset, to_device, visited
@@ -109,8 +107,8 @@ def teach(job: Job, student: nn.Module, checkpoint: Path) -> tuple[Distiller, Te
     targets = TeacherTargets(teacher.to(job.accelerator.device), distiller, None, job.accelerator.autocast)
     if o.cache != "off":
         cache = matching_cache(job, teacher, distiller, description)
-        if worthwhile(job, targets, cache):
-            targets.cache = cache
+        weigh(job, targets, cache)
+        targets.cache = cache
     return distiller, targets
 
 
@@ -140,10 +138,9 @@ def matching_cache(job: Job, teacher: nn.Module, distiller: Distiller, facts: di
     return cache
 
 
-def worthwhile(job: Job, targets: TeacherTargets, cache: TeacherCache) -> bool:
-    """Try the cache on a few slices; say what it needs, gains and costs; and whether to use it.
-
-    With `--cache auto` the first try of a job decides for all of it, so that a resumed job goes on alike.
+def weigh(job: Job, targets: TeacherTargets, cache: TeacherCache) -> None:
+    """Try the cache on a few slices; say what it needs, gains and costs; with `--cache auto`, leave it idle where it is
+    of no use. Training is the same with an idle cache, which still rounds.
     """
     o, accelerator, device = job.options, job.accelerator, job.accelerator.device
     choices, n = o.orientation_choices, len(job.table)
@@ -169,20 +166,10 @@ def worthwhile(job: Job, targets: TeacherTargets, cache: TeacherCache) -> bool:
         job.say(f"{what}: approximate, by (root mean square, relative) {errors}")
     if needed > free:
         job.say("teacher cache: the disk has no room for all of it")
-    if o.cache != "auto":
-        return True
-    faster = cached < live and needed < free
-    first = accelerator.is_main_process
-    (use,) = broadcast_object_list([decision(job.folder / "cache.json", faster) if first else None])
-    job.say(f"--cache auto: {'uses the cache' if use else 'computes the teacher at every step, which is faster'}")
-    return use
-
-
-def decision(file: Path, now: bool) -> bool:
-    """What was decided when this was first asked."""
-    if not file.exists():
-        write_text(file, json.dumps(now))
-    return json.loads(file.read_text())
+    if o.cache == "auto":
+        cache.idle = cached >= live or needed > free
+        chosen = "computes the teacher at every step, which is faster" if cache.idle else "uses the cache"
+        job.say(f"--cache auto: {chosen}")
 
 
 if __name__ == "__main__":

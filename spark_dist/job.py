@@ -155,7 +155,6 @@ def discard(folder: Path) -> None:
             "checkpoints/step-*",
             "best.safetensors",
             "test_cases.json",
-            "cache.json",
             "*.png",
             "tracking*",
         ):

@@ -75,6 +75,8 @@ class TeacherCache:
         self.dtype = dtype
         self.canonical = canonical
         self.memory = memory
+        self.idle = False
+        """Nothing is read or written any more; targets are still rounded as if it were."""
         self._forget()
 
     def _forget(self) -> None:
@@ -126,6 +128,8 @@ class TeacherCache:
 
     def start_reading(self, keys: np.ndarray) -> Callable[[], Entries]:
         """Begin to read the entries of samples; the result is called for them."""
+        if self.idle:
+            return lambda: Entries(None)
         if self._process != os.getpid():
             self._forget()
         stored = self.stored(keys)
@@ -172,7 +176,7 @@ class TeacherCache:
         number format, so that it makes no difference to training whether an entry was already there."""
         arrays = encode(targets, self.dtype)
         new = np.flatnonzero((self._segment[keys] < 0) & ~self._waiting[keys])
-        if not self.full and len(new):
+        if not self.full and not self.idle and len(new):
             self._waiting[keys[new]] = True
             self._pending.append((keys[new], {name: values[new] for name, values in arrays.items()}))
             if sum(v.nbytes for _, entry in self._pending for v in entry.values()) >= SEGMENT_BYTES:

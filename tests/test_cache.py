@@ -1,8 +1,8 @@
 """Teacher caches as users fill, list, check and lose them."""
 
-import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -161,12 +161,22 @@ def test_a_flipped_bit_changes_nothing_but_the_log(launch, job, tmp_path):
 
 @pytest.mark.launch
 @pytest.mark.slow
-def test_auto_measures_and_keeps_to_what_it_chose(launch, job, tmp_path):
-    output = launch(1, "distill", *job, "--cache", "auto", "--out", "job", cwd=tmp_path).stdout
-    chosen = json.loads((tmp_path / "job" / "cache.json").read_text())
-    assert ("uses the cache" in output) == chosen
-    assert ("computes the teacher at every step" in output) != chosen
+def test_auto_measures_and_takes_the_faster_to_the_same_weights(launch, job, tmp_path):
+    """A teacher of 32×32 pixels is faster than any disk, and one that sleeps is not."""
+    slow = "import torch, time, spark_dist.networks.unet as u; f = u.UNet.forward\n"
+    slow += "u.UNet.forward = lambda *a: (time.sleep(0.3), f(*a))[1]\n"
+    slow += "from spark_dist.cli import main; import sys; sys.exit(main(sys.argv[1:]))"
+    line = [sys.executable, "-c", slow, "distill", *map(str, job), "--cache", "auto", "--out", "slow"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    output = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+    assert "--cache auto: uses the cache" in output
     assert "ms by the teacher" in output
+    shutil.rmtree(tmp_path / "runs" / "teacher-cache")
+    output = launch(1, "distill", *job, "--cache", "auto", "--out", "fast", cwd=tmp_path).stdout
+    assert "--cache auto: computes the teacher at every step" in output
+    assert not list(tmp_path.glob("runs/teacher-cache/*/segments/*"))
+    a, b = (load_file(tmp_path / name / "student" / "best.safetensors") for name in ("slow", "fast"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.mark.launch
