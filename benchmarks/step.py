@@ -4,6 +4,9 @@ All variants take turns in one run, and a variant's figure is the median of its 
 does falls on all alike. A step is what the loop does: it takes a batch that was read meanwhile, computes targets or
 has them read, takes the loss, its gradients and the optimizer's step; the next batch is read while it computes, and
 its time is over when both are done.
+
+On a machine that others use as well, `--clock cpu --threads 1` counts the seconds of all of the process's threads in
+place of the wall clock's, which a step shares with whoever else is there.
 """
 
 import argparse
@@ -29,7 +32,7 @@ from spark_dist.data import ORIENTATIONS, Crop, SliceDataset, slice_table, to_de
 from spark_dist.distillation import Distillation
 from spark_dist.distillers import build_distiller
 from spark_dist.distillers.plain import Plain
-from spark_dist.networks import build_network
+from spark_dist.networks import NetworkOutput, build_network
 from spark_dist.teacher_cache import TeacherTargets, open_cache, probe_targets
 
 METHODS = ("spark", "kd", "at", "emkd")
@@ -61,7 +64,8 @@ class Bench:
         n = options.batch
         self.batches = [[row * ORIENTATIONS for row in range(k * n, (k + 1) * n)] for k in range(options.batches)]
         self.reader = ThreadPoolExecutor(1)
-        self.waited: dict[str, list[float]] = {}
+        self.outputs: dict[int, NetworkOutput] = {}
+        self.clock = {"wall": time.perf_counter, "cpu": time.process_time}[options.clock]
 
     def variants(self) -> dict[str, Callable[[], None]]:
         """All steps by name; caches are filled."""
@@ -76,14 +80,23 @@ class Bench:
         return found
 
     def filled(self, method: str, distiller):
+        """A cache with all batches of a method."""
         crop = (self.o.crop, self.o.crop)
         shapes = probe_targets(distiller, self.taps[1], crop)[1]
         cache = open_cache(self.folder / "cache", {"method": method}, len(self.table) * ORIENTATIONS, shapes, "float16")
-        targets = TeacherTargets(self.teacher, distiller, cache, self.autocast)
-        for keys in self.batches:
-            targets(to_device(self.read(keys, None), "organ", self.device))
-        targets.flush()
+        with torch.no_grad():
+            for keys in self.batches:
+                batch = to_device(self.read(keys, None), "organ", self.device)
+                cache.add(batch.keys, distiller.teacher_targets(self.output(batch), batch.mask))
+        cache.flush()
         return cache
+
+    def output(self, batch) -> NetworkOutput:
+        """The teacher's output for one of the batches, computed once."""
+        if int(batch.keys[0]) not in self.outputs:
+            with torch.no_grad(), self.autocast():
+                self.outputs[int(batch.keys[0])] = NetworkOutput(*(x.float() for x in self.teacher(batch.image)))
+        return self.outputs[int(batch.keys[0])]
 
     def read(self, keys, cache):
         return SliceDataset(self.table, Crop((self.o.crop, self.o.crop)), cache).__getitems__(keys)
@@ -104,7 +117,7 @@ class Bench:
         def step() -> float:
             if self.o.cold and cache is not None:
                 forget_pages(cache.folder)
-            start = time.perf_counter()
+            start = self.clock()
             turn[0] += 1
             reading = self.reader.submit(dataset.__getitems__, self.batches[turn[0] % len(self.batches)])
             batch = to_device(ahead.pop(), "organ", self.device)
@@ -115,7 +128,7 @@ class Bench:
             optimizer.zero_grad()
             self.finish()
             ahead.append(reading.result())
-            return time.perf_counter() - start
+            return self.clock() - start
 
         if cache is not None:
             assert ahead[0]["entries"].arrays is not None
@@ -127,7 +140,7 @@ class Bench:
         for name, kind in CHANGES.items():
             distiller = (kind or type(build_distiller("spark", *self.taps)))(*self.taps)
             model, optimizer = self.model(distiller)
-            constants = TeacherTargets(self.teacher, distiller, None, self.autocast)(batch)
+            constants = distiller.teacher_targets(self.output(batch), batch.mask)
             if name.endswith("second moments"):
                 constants = {key: x for key, x in constants.items() if not key.endswith("_coarse")}
             patched = name.endswith("second moments")
@@ -136,7 +149,7 @@ class Bench:
 
     def change(self, model, optimizer, batch, constants, patched) -> Callable[[], float]:
         def step() -> float:
-            start = time.perf_counter()
+            start = self.clock()
             with ExitStack() as stack:
                 if patched:
                     stack.enter_context(patch("spark_dist.distillers.quadratic.pooled_levels", plain_levels))
@@ -146,7 +159,7 @@ class Bench:
             optimizer.step()
             optimizer.zero_grad()
             self.finish()
-            return time.perf_counter() - start
+            return self.clock() - start
 
         return step
 
@@ -182,14 +195,17 @@ def forget_pages(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure(steps: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def measure(steps: dict[str, Callable[[], float]], rounds: int, live_rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step, the variants taking turns; a first turn of each does not count."""
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for k in range(rounds + 2):
+    for k in range(rounds + 1):
         for name, step in steps.items():
+            if "live" in name and k > live_rounds:
+                continue
             seconds = step()
-            if k >= 2:
+            if k:
                 times[name].append(seconds)
-        print(f"\rround {k + 1} of {rounds + 2}", end="", flush=True)
+        print(f"\rround {k + 1} of {rounds + 1}", end="", flush=True)
     print()
     return times
 
@@ -257,6 +273,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--batches", type=int, default=4, help="batches in the data set")
     parser.add_argument("--rounds", type=int, default=12, help="steps of each variant")
+    parser.add_argument("--live-rounds", type=int, default=0, help="steps of those with a live teacher (0: as many)")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
@@ -271,13 +289,15 @@ def main() -> None:
     )
     about = f"unet → enet, {options.crop}×{options.crop}, batch {options.batch}, "
     about += f"{'bfloat16' if options.bf16 else 'float32'}, {where}, {'cold' if options.cold else 'warm'} page cache, "
-    about += f"torch {torch.__version__}, median of {options.rounds}"
+    about += f"torch {torch.__version__}, {options.clock} time, median of {options.rounds} steps"
+    if options.live_rounds:
+        about += f" ({options.live_rounds} of those with a live teacher)"
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
         steps = Bench(options, Path(folder)).variants()
         if options.only:
             wanted = ("plain student", *options.only.split(","))
             steps = {name: step for name, step in steps.items() if any(w in name for w in wanted)}
-        times = measure(steps, options.rounds)
+        times = measure(steps, options.rounds, options.live_rounds or options.rounds)
     rows = table(times)
     print(
         markdown(rows, about)

@@ -95,7 +95,7 @@ def fill(job: Job, targets: TeacherTargets) -> None:
     so that the entries are the same to the byte.
     """
     o, cache, accelerator = job.options, targets.cache, job.accelerator
-    keys = cache.stored(visited(len(job.table), o.seed, o.epochs, o.orientation_choices))
+    keys = cache.stored(visited(len(job.table), o.seed, range(o.epochs), o.orientation_choices))
     keys = keys[np.sort(np.unique(keys, return_index=True)[1])]
     batches = [keys[start : start + o.batch_size] for start in range(0, len(keys), o.batch_size)]
     mine = [b.tolist() for b in batches if cache.missing(b).any()][
@@ -131,7 +131,7 @@ def verify(job: Job, targets: TeacherTargets, count: int) -> None:
     Raises `UserError` if any differs by more than rounding: two steps of the number format, of the largest value.
     """
     o, cache, accelerator = job.options, targets.cache, job.accelerator
-    keys = visited(len(job.table), o.seed, o.epochs, o.orientation_choices)
+    keys = visited(len(job.table), o.seed, range(o.epochs), o.orientation_choices)
     there = np.unique(cache.stored(keys)[~cache.missing(keys)])
     if not len(there):
         raise UserError(f"{cache.folder}: holds no entry yet; fill it with the same command without --verify")

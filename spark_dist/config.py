@@ -145,6 +145,11 @@ class DistillOptions(TrainingOptions):
     """ImageNet weights (.pth, .safetensors) for a teacher with a ResNet encoder."""
     teacher_checkpoint: Path | None = None
     """A trained teacher (.safetensors), which takes the place of its training."""
+    rounds: int = 1
+    """Rounds in which teacher and student take turns, each with a part of its epochs; the student learns from the
+    teacher as it then is (1: the teacher is trained, then the student)."""
+    together: Literal["turns", "live"] = "turns"
+    """Teacher and student in turns, or live: both at every step, with no cache."""
     student: str = "enet"
     """Name of the student's network."""
     student_width: float = 1.0

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -252,10 +252,14 @@ def orientations(n: int, seed: int, epoch: int, choices: Sequence[int]) -> np.nd
     return orders[:, position]
 
 
-def visited(n: int, seed: int, epochs: int, choices: Sequence[int]) -> np.ndarray:
-    """The keys of all samples that so many epochs see of n slices, in the order in which they are first seen."""
-    orders = [(permutation(n, seed, e), orientations(n, seed, e, choices)) for e in range(min(epochs, len(choices)))]
-    return np.concatenate([order * ORIENTATIONS + turns[order] for order, turns in orders])
+def visited(n: int, seed: int, epochs: Iterable[int], choices: Sequence[int]) -> np.ndarray:
+    """The keys of all samples that some epochs see of n slices, in the order in which they are first seen."""
+    seen = []
+    for epoch in epochs:
+        order = permutation(n, seed, epoch)
+        seen.append(order * ORIENTATIONS + orientations(n, seed, epoch, choices)[order])
+    keys = np.concatenate(seen)
+    return keys[np.sort(np.unique(keys, return_index=True)[1])]
 
 
 class EpochSampler:

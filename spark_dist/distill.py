@@ -10,14 +10,27 @@ from torch import nn
 
 from data_tools.errors import UserError
 
-from .checkpoint import load_network
+from .checkpoint import load_network, write_text
 from .cli import module_main
 from .config import DistillOptions
 from .data import ORIENTATIONS, SliceDataset, to_device, visited
+from .distillation import Distillation
 from .distillers import build_distiller
 from .distillers.base import Distiller
 from .entries import entry_bytes
-from .job import Job, check_network, describe, evaluate_on_test, open_job, stage_tags, tracked, train_stage
+from .job import (
+    Beside,
+    Job,
+    Teaching,
+    build,
+    check_network,
+    describe,
+    evaluate_on_test,
+    open_job,
+    stage_tags,
+    tracked,
+    train_stage,
+)
 from .teacher_cache import (
     TeacherCache,
     TeacherTargets,
@@ -36,33 +49,77 @@ def run(options: DistillOptions) -> None:
     check(options)
     tags = {"method": options.method, "teacher": options.teacher, "student": options.student}
     with open_job(options, tags) as job:
-        teacher = given_teacher(job) if options.teacher_checkpoint else trained_teacher(job)
-
-        def taught(student: nn.Module) -> tuple[Distiller, TeacherTargets]:
-            return teach(job, student, teacher)
-
-        train_stage(
-            job,
-            "student",
-            options.student,
-            options.student_width,
-            taught,
-            options.epochs,
-            method=options.method,
-            pretrained=options.student_pretrained,
-            teacher=teacher,
-        )
+        if options.together == "live":
+            train_together(job)
+        else:
+            train_in_turns(job)
 
 
-def trained_teacher(job: Job) -> Path:
-    """The checkpoint of a teacher trained in this job."""
+def train_in_turns(job: Job) -> None:
+    """Round by round, a stretch of the teacher's epochs and then as large a part of the student's, which learns from
+    the teacher that was best on val until then; with one round, the teacher and then the student.
+
+    Several rounds are route-constrained distillation (Jin et al., ICCV 2019, arXiv 1904.09149).
+    """
     o = job.options
-    epochs = o.teacher_epochs or o.epochs
-    return train_stage(job, "teacher", o.teacher, o.teacher_width, untaught, epochs, pretrained=o.teacher_pretrained)
+    teacher_epochs = o.teacher_epochs or o.epochs
+    for part in range(1, o.rounds + 1):
+        first, last = o.epochs * (part - 1) // o.rounds, o.epochs * part // o.rounds
+        if o.teacher_checkpoint:
+            teacher = given_teacher(job)
+        else:
+            until = teacher_epochs * part // o.rounds
+            weights = {"pretrained": o.teacher_pretrained}
+            teacher = train_stage(
+                job, "teacher", o.teacher, o.teacher_width, untaught, teacher_epochs, until=until, **weights
+            )
+
+        def taught(student: nn.Module, teacher=teacher, epochs=range(first, last)):
+            return teach(job, student, teacher, epochs)
+
+        train_student(job, taught, teacher=teacher, until=last)
+
+
+def train_together(job: Job) -> None:
+    """Teacher and student at every step, the teacher on the truth alone."""
+    o = job.options
+    teacher = build(job, o.teacher, o.teacher_width, o.teacher_pretrained)
+    folder, description = job.folder / "teacher", describe(o, o.teacher, o.teacher_width, "none")
+    tags = stage_tags("teacher", description, teacher)
+    with tracked(job.accelerator, o, f"teacher {o.teacher}", folder, tags, job.tracker) as tracker:
+
+        def taught(student: nn.Module) -> tuple[Distillation, TeacherTargets]:
+            distiller = build_distiller(
+                o.method, student=student.taps, teacher=teacher.taps, samples=len(job.table), **o.weights
+            )
+            return Distillation(student, distiller, teacher), TeacherTargets(None, distiller, None, None)
+
+        best = folder / "best.safetensors"
+        train_student(job, taught, teacher=best, beside=Beside(teacher, folder, description, tracker))
+        if not (folder / "test_cases.json").exists():
+            tracker.artifact(best)
+            evaluate_on_test(job, "teacher", best, folder, tracker)
+
+
+def train_student(job: Job, taught: Teaching, **how: Any) -> Path:
+    """The student's stage, or a part of it."""
+    o = job.options
+    how |= {"method": o.method, "pretrained": o.student_pretrained}
+    return train_stage(job, "student", o.student, o.student_width, taught, o.epochs, **how)
 
 
 def check(options: DistillOptions) -> None:
     """Find mistakes before the teacher is trained. Raises `UserError`."""
+    if options.teacher_checkpoint and (options.rounds > 1 or options.together == "live"):
+        raise UserError(
+            "--teacher-checkpoint is of a teacher that is trained already; leave out --rounds and --together"
+        )
+    if options.together == "live" and (options.rounds > 1 or options.teacher_epochs):
+        raise UserError("--together live trains both networks at every step; leave out --rounds and --teacher-epochs")
+    if not 1 <= options.rounds <= min(options.epochs, options.teacher_epochs or options.epochs):
+        raise UserError(
+            f"--rounds {options.rounds} must be at least 1, and at most the number of epochs of each network"
+        )
     teacher = check_network(options, options.teacher, options.teacher_width)
     student = check_network(options, options.student, options.student_width)
     with torch.device("meta"):
@@ -97,8 +154,8 @@ def given_teacher(job: Job) -> Path:
     return path
 
 
-def teach(job: Job, student: nn.Module, checkpoint: Path) -> tuple[Distiller, TeacherTargets]:
-    """The distiller between a teacher's checkpoint and a student, and the source of its targets."""
+def teach(job: Job, student: nn.Module, checkpoint: Path, epochs: range) -> tuple[Distillation, TeacherTargets]:
+    """A student with the distiller between it and a teacher's checkpoint, and the source of its targets in `epochs`."""
     o = job.options
     teacher, description = load_network(checkpoint)
     distiller = build_distiller(
@@ -107,9 +164,22 @@ def teach(job: Job, student: nn.Module, checkpoint: Path) -> tuple[Distiller, Te
     targets = TeacherTargets(teacher.to(job.accelerator.device), distiller, None, job.accelerator.autocast)
     if o.cache != "off":
         cache = matching_cache(job, teacher, distiller, description)
-        weigh(job, targets, cache)
+        weigh(job, targets, cache, epochs)
         targets.cache = cache
-    return distiller, targets
+        if o.rounds > 1:
+            only_generation(job, cache.folder)
+    return Distillation(student, distiller), targets
+
+
+def only_generation(job: Job, folder: Path) -> None:
+    """Remove the cache of the round before, whose teacher is no more."""
+    file = job.folder / "generation.txt"
+    if job.accelerator.is_main_process:
+        before = Path(file.read_text()) if file.exists() else folder
+        write_text(file, str(folder))
+        if before != folder:
+            shutil.rmtree(before, ignore_errors=True)
+    job.accelerator.wait_for_everyone()
 
 
 def matching_cache(job: Job, teacher: nn.Module, distiller: Distiller, facts: dict[str, Any]) -> TeacherCache:
@@ -138,7 +208,7 @@ def matching_cache(job: Job, teacher: nn.Module, distiller: Distiller, facts: di
     return cache
 
 
-def weigh(job: Job, targets: TeacherTargets, cache: TeacherCache) -> None:
+def weigh(job: Job, targets: TeacherTargets, cache: TeacherCache, epochs: range) -> None:
     """Try the cache on a few slices; say what it needs, gains and costs; with `--cache auto`, leave it idle where it is
     of no use. Training is the same with an idle cache, which still rounds.
     """
@@ -149,8 +219,8 @@ def weigh(job: Job, targets: TeacherTargets, cache: TeacherCache) -> None:
     found = try_cache(targets, cache, batch)
     forward, read = accelerator.reduce(torch.tensor([found.forward, found.read], device=device), "mean").tolist()
 
-    planned = np.unique(cache.stored(visited(n, o.seed, o.epochs, choices)))
-    missing, seen = int(cache.missing(planned).sum()), n * o.epochs
+    planned = np.unique(cache.stored(visited(n, o.seed, epochs, choices)))
+    missing, seen = int(cache.missing(planned).sum()), n * len(epochs)
     needed = missing * entry_bytes(cache.shapes, cache.dtype)
     free = shutil.disk_usage(cache.folder).free
     live, cached = seen * forward, missing * forward + (seen - missing) * read
@@ -158,7 +228,7 @@ def weigh(job: Job, targets: TeacherTargets, cache: TeacherCache) -> None:
         f"teacher cache {cache.folder} ({'new' if missing == len(planned) else 'reuses it'}): "
         f"{len(planned) - missing} of {len(planned)} entries there, {needed / 2**20:.0f} MiB to come before "
         f"compression, {free / 2**30:.1f} GiB free; a slice takes {1000 * forward:.1f} ms by the teacher, "
-        f"{1000 * read:.1f} ms to read: {cached / 60:.1f} instead of {live / 60:.1f} minutes in {o.epochs} epochs"
+        f"{1000 * read:.1f} ms to read: {cached / 60:.1f} instead of {live / 60:.1f} minutes in {len(epochs)} epochs"
     )
     if cache.dtype == "int8" or cache.canonical:
         what = "turned features" if cache.canonical else "int8"

@@ -18,12 +18,11 @@ from torch import nn
 from data_tools.errors import UserError
 from data_tools.store import Store, open_store
 
-from .checkpoint import load_network, write_text
+from .checkpoint import load_network, save_network, states, write_text
 from .cli import Interrupted
 from .config import TrainingOptions
 from .data import EpochSampler, SliceDataset, SliceTable, slice_table, support_set, training_loader
 from .distillation import Distillation
-from .distillers.base import Distiller
 from .distributed import listen_for_stop, make_accelerator, shut_down
 from .evaluate import evaluate_cases, format_summaries, summaries
 from .metrics import write_cases
@@ -50,8 +49,8 @@ MAY_DIFFER = (
 )
 """Options in which a resumed job may differ from what it was."""
 
-Teaching = Callable[[nn.Module], tuple[Distiller, TeacherTargets]]
-"""From a student to its distiller and the source of the distiller's targets."""
+Teaching = Callable[[nn.Module], tuple[Distillation, TeacherTargets]]
+"""From a student to what is trained and the source of its distiller's targets."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +154,7 @@ def discard(folder: Path) -> None:
             "checkpoints/step-*",
             "best.safetensors",
             "test_cases.json",
+            "generation.txt",
             "*.png",
             "tracking*",
         ):
@@ -215,9 +215,12 @@ def train_stage(
     method: str = "none",
     pretrained: Path | None = None,
     teacher: Path | None = None,
+    until: int | None = None,
+    beside: "Beside | None" = None,
 ) -> Path:
     """Train the network `name` as the job's `role`, test the epoch that was best on val, and return its checkpoint.
 
+    With `until`, only so many of the epochs: the last call tests. `beside` is a network that the stage trains along.
     A stage that is done already is left as it is.
     """
     folder = job.folder / role
@@ -225,13 +228,16 @@ def train_stage(
     if (folder / "test_cases.json").exists():
         job.say(f"{role}: done already, {best}")
         return best
+    until = until or epochs
+    if until < epochs and epochs_done(job, folder) >= until:
+        return best
     options, accelerator = job.options, job.accelerator
     network = build(job, name, width, pretrained)
     description = describe(options, name, width, method)
     with tracked(
         accelerator, options, f"{role} {name}", folder, stage_tags(role, description, network), job.tracker
     ) as tracker:
-        distiller, targets = teaching(network)
+        model, targets = teaching(network)
         sampler = EpochSampler(
             len(job.table),
             options.batch_size,
@@ -243,7 +249,6 @@ def train_stage(
         )
         dataset = SliceDataset(job.table, options.crop_window, targets.cache)
         loader = training_loader(dataset, sampler, options.workers)
-        model = Distillation(network, distiller)
         if options.sync_batchnorm:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         with memory_explained(options, accelerator.num_processes):
@@ -252,12 +257,13 @@ def train_stage(
                 model,
                 targets,
                 loader,
-                validation(job),
+                beside.validation(job) if beside else validation(job),
                 options,
                 epochs,
+                until,
                 folder,
                 description,
-                tracker,
+                beside.tracking(tracker) if beside else tracker,
             )
         if targets.teacher is not None:
             counts = torch.tensor([targets.hits, targets.forwards, targets.damaged], device=accelerator.device)
@@ -266,6 +272,8 @@ def train_stage(
             job.say(f"{role}: {hits} targets read from the cache, {forwards} by a teacher forward{found}")
             figures = {"cache/hits": hits, "cache/teacher_forwards": forwards, "cache/damaged": damaged}
             tracker.metrics(figures | {"cache/waited_seconds": loader.waited}, step=0)
+        if until < epochs:
+            return best
         tracker.artifact(best)
         evaluate_on_test(job, role, best, folder, tracker, teacher)
     return best
@@ -285,6 +293,54 @@ def memory_explained(options: TrainingOptions, processes: int) -> Iterator[None]
             f"{2 * options.accumulate}, --batch_size {max(options.batch_size // 2, 1)}, more processes, --crop "
             f"{rows // 2 // 32 * 32 or rows // 2} or mixed precision, in a new folder (--out)"
         ) from None
+
+
+def epochs_done(job: Job, folder: Path) -> int:
+    """How many whole epochs a stage has behind it, by the name of its newest state."""
+    steps = -(-len(job.table) // job.options.batch_size)
+    found = states(folder / "checkpoints")
+    return int(found[-1].stem.removeprefix("step-")) // steps if found else 0
+
+
+@dataclass
+class Beside:
+    """A network that is trained along with the stage's own, with a folder, a description and a run of its own."""
+
+    network: nn.Module
+    folder: Path
+    description: dict[str, Any]
+    tracker: Tracker
+
+    def __post_init__(self):
+        best = self.folder / "best.safetensors"
+        self.best = load_network(best)[1]["val_dice"] if best.exists() else -1.0
+
+    def validation(self, job: Job) -> Callable[[nn.Module], dict[str, float]]:
+        """Like the function `validation`, but both networks are looked at; this one's best is kept in its folder."""
+        look = validation(job)
+
+        def validate(network: nn.Module) -> dict[str, float]:
+            own = look(self.network)
+            if own["val/dice"] > self.best:
+                self.best = own["val/dice"]
+                if job.accelerator.is_main_process:
+                    facts = self.description | {"val_dice": self.best}
+                    save_network(self.folder / "best.safetensors", self.network, facts)
+            return look(network) | {f"teacher/{key}": value for key, value in own.items()}
+
+        return validate
+
+    def tracking(self, tracker: Tracker) -> "Beside":
+        """Takes the place of the stage's tracker in the loop: a teacher's figures go to the teacher's run."""
+        self.stage = tracker
+        return self
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        own = {key.removeprefix("teacher/"): v for key, v in values.items() if key.startswith("teacher/")}
+        own |= {"train/loss": values["train/teacher"]} if "train/teacher" in values else {}
+        if own:
+            self.tracker.metrics(own, step)
+        self.stage.metrics({key: v for key, v in values.items() if not key.startswith("teacher/")}, step)
 
 
 def describe(options: TrainingOptions, name: str, width: float, method: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from torch import nn
 
 from .cli import module_main
 from .config import TrainOptions
-from .distillers.base import Distiller
+from .distillation import Distillation
 from .distillers.plain import Plain
 from .job import check_network, open_job, train_stage
 from .teacher_cache import TeacherTargets
@@ -27,10 +27,10 @@ def run(options: TrainOptions) -> None:
         )
 
 
-def untaught(network: nn.Module) -> tuple[Distiller, TeacherTargets]:
+def untaught(network: nn.Module) -> tuple[Distillation, TeacherTargets]:
     """Training on the truth alone."""
     distiller = Plain()
-    return distiller, TeacherTargets(None, distiller, None, None)
+    return Distillation(network, distiller), TeacherTargets(None, distiller, None, None)
 
 
 if __name__ == "__main__":

@@ -33,11 +33,13 @@ def fit(
     validate: Callable[[torch.nn.Module], dict[str, float]],
     options: TrainingOptions,
     epochs: int,
+    until: int,
     folder: Path,
     description: dict[str, Any],
     tracker,
 ) -> None:
-    """Train `distillation` for `epochs`, and leave the student of the best val Dice in folder/best.safetensors.
+    """Train `distillation` `until` so many of its `epochs` are over, and leave the student of the best val Dice in
+    folder/best.safetensors.
 
     `teacher(batch)` gives the distiller's targets. `validate(student)` gives figures of which `val/dice` decides. The
     run goes on from the newest whole state in folder/checkpoints, to the same weights as if it had never stopped.
@@ -45,7 +47,7 @@ def fit(
     Raises `Interrupted` after a signal to stop, with the state saved; `UserError` if the loss is not finite.
     """
     sampler: EpochSampler = loader.batch_sampler
-    optimizer = torch.optim.Adam(distillation.parameters(), lr=options.lr)
+    optimizer = torch.optim.Adam(distillation.parameters(), lr=options.lr, fused=True)
     model, optimizer = accelerator.prepare(distillation, optimizer)
     average = moving_average(distillation.student, options.ema)
     student = average.module if average else distillation.student
@@ -56,7 +58,7 @@ def fit(
     losses = Losses(accelerator, loader.dataset.table, sampler.accumulate, state["losses"])
     pace = Pace(accelerator, options.checkpoint_minutes, options.checkpoint_steps, done)
     with progress_bar(folder.name, epochs * sampler.steps, done, accelerator.is_main_process) as advance:
-        for epoch in range(state["epoch"], epochs):
+        for epoch in range(state["epoch"], until):
             lr = cosine(*options.learning_rates, epoch / epochs)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -90,7 +92,7 @@ def fit(
                         raise Interrupted(f"stopped as told after epoch {epoch + 1} step {step}; resumes there")
                 advance(f"epoch {epoch + 1}/{epochs} loss {losses.latest:.3f} best {max(state['best'], 0):.3f}")
             figures = {"lr": lr, "train/loss_epoch": losses.epoch_mean()}
-            if (epoch + 1) % options.val_every == 0 or epoch + 1 == epochs:
+            if (epoch + 1) % options.val_every == 0 or epoch + 1 == until:
                 # Each process has seen other samples: the running statistics are those of the main process.
                 broadcast([*distillation.buffers(), *student.buffers()])
                 figures |= validate(student)
