@@ -38,8 +38,7 @@ def fit(
     description: dict[str, Any],
     tracker,
 ) -> None:
-    """Train `distillation` `until` so many of its `epochs` are over, and leave the student of the best val Dice in
-    folder/best.safetensors.
+    """Train until `until` of `epochs` are over, and leave the student of the best val Dice in folder/best.safetensors.
 
     `teacher(batch)` gives the distiller's targets. `validate(student)` gives figures of which `val/dice` decides. The
     run goes on from the newest whole state in folder/checkpoints, to the same weights as if it had never stopped.

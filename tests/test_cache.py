@@ -2,7 +2,6 @@
 
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -161,21 +160,27 @@ def test_a_flipped_bit_changes_nothing_but_the_log(launch, job, tmp_path):
 
 @pytest.mark.launch
 @pytest.mark.slow
-def test_auto_measures_and_takes_the_faster_to_the_same_weights(launch, job, tmp_path):
-    """A teacher of 32×32 pixels is faster than any disk, and one that sleeps is not."""
-    slow = "import torch, time, spark_dist.networks.unet as u; f = u.UNet.forward\n"
-    slow += "u.UNet.forward = lambda *a: (time.sleep(0.3), f(*a))[1]\n"
-    slow += "from spark_dist.cli import main; import sys; sys.exit(main(sys.argv[1:]))"
-    line = [sys.executable, "-c", slow, "distill", *map(str, job), "--cache", "auto", "--out", "slow"]
+def test_auto_takes_the_faster_to_the_same_weights(job, tmp_path):
+    """Once the teacher is made to dawdle, once the reading."""
+    start = "import sys, time, spark_dist.networks.unet as u, spark_dist.teacher_cache as c\n"
+    start += "def dawdle(f): return lambda *a: (time.sleep(1), f(*a))[1]\n"
+    dawdling = {
+        "teacher": "u.UNet.forward = dawdle(u.UNet.forward)\n",
+        "reading": "c.TeacherCache.start_reading = dawdle(c.TeacherCache.start_reading)\n",
+    }
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    output = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
-    assert "--cache auto: uses the cache" in output
-    assert "ms by the teacher" in output
-    shutil.rmtree(tmp_path / "runs" / "teacher-cache")
-    output = launch(1, "distill", *job, "--cache", "auto", "--out", "fast", cwd=tmp_path).stdout
-    assert "--cache auto: computes the teacher at every step" in output
-    assert not list(tmp_path.glob("runs/teacher-cache/*/segments/*"))
-    a, b = (load_file(tmp_path / name / "student" / "best.safetensors") for name in ("slow", "fast"))
+    said = {}
+    for name, code in dawdling.items():
+        code = start + code + "from spark_dist.cli import main; sys.exit(main(sys.argv[1:]))"
+        line = [sys.executable, "-c", code, "distill", *map(str, job), "--cache-folder", f"cache-{name}", "--out", name]
+        done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        said[name] = done.stdout
+    assert "ms by the teacher" in said["teacher"]
+    assert "--cache auto: uses the cache" in said["teacher"]
+    assert list(tmp_path.glob("cache-teacher/*/segments/*"))
+    assert "--cache auto: computes the teacher at every step" in said["reading"]
+    assert not list(tmp_path.glob("cache-reading/*/segments/*"))
+    a, b = (load_file(tmp_path / name / "student" / "best.safetensors") for name in dawdling)
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
