@@ -92,6 +92,12 @@ def parser() -> argparse.ArgumentParser:
     prepare.add_argument(
         "--workers", type=at_least(1), help="number of parallel processes, one case in each (default: one per core)"
     )
+    prepare.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="write nothing: say what would become of each case, which errors the headers show, and the bytes and the "
+        "time to expect, measured on one case",
+    )
     # What argparse takes for a value although it begins with a minus: so that `--window -200,300` can be written.
     prepare._negative_number_matcher = re.compile(r"-[\d.]+(,-?[\d.]+)?$")
     prepare.set_defaults(run=run_prepare)
@@ -213,7 +219,12 @@ def run_prepare(options: argparse.Namespace) -> int:
     )
     sources = prepare.find_sources(options.input, options.layout, patterns, options.channel, options.unlabelled)
     sources = prepare.choose(sources, options.only, part)
-    return 1 if prepare.prepare(sources, settings, options.workers or prepare.default_workers()) else 0
+    workers = options.workers or prepare.default_workers()
+    if options.dry_run:
+        from .plan import plan
+
+        return 1 if plan(sources, settings, workers) else 0
+    return 1 if prepare.prepare(sources, settings, workers) else 0
 
 
 def run_verify(options: argparse.Namespace) -> int:

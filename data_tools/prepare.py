@@ -29,6 +29,7 @@ from .location import is_local
 from .report import case_row, cases_table, console, progress, window_text
 from .store import create_store, read_attributes, read_case, write_case
 from .volumes import (
+    Header,
     check_same_grid,
     read_header,
     read_voxels,
@@ -302,22 +303,30 @@ def prepare_case(options: Options, source: Source, force: bool = False) -> Resul
             if not force and is_there(source.case, hashes, options):
                 return Result(source.case, "unchanged")
             return Result(source.case, "prepared", write(source, hashes, options))
-    except UserError as error:
-        return Result(source.case, "failed", str(error))
-    except OSError as error:
-        place = error.filename or options.store
-        reason = f"{place}: {error.strerror or error}; mend that and run the command again"
-        return Result(source.case, "failed", reason)
-    except MemoryError:
-        return Result(source.case, "failed", f"{source.image}: does not fit into memory; use fewer --workers")
+    except (UserError, OSError, MemoryError) as error:
+        return Result(source.case, "failed", reason(error, source, options.store))
 
 
-def source_hashes(source: Source) -> dict[str, str]:
-    """The hashes of a case's files. Raises `UserError` if one is missing."""
+def reason(error: Exception, source: Source, store: Path) -> str:
+    """Why a case can't be prepared, and what to do about it."""
+    if isinstance(error, MemoryError):
+        return f"{source.image}: does not fit into memory; use fewer --workers"
+    if isinstance(error, OSError):
+        return f"{error.filename or store}: {error.strerror or error}; mend that and run the command again"
+    return str(error)
+
+
+def check_files(source: Source) -> None:
+    """Raise `UserError` if a file of a case is missing."""
     if not source.image.is_file():
         raise UserError(f"{source.image}: no such file; put it there, or take the case out")
     if source.label and not source.label.is_file():
         raise UserError(f"{source.label}: no such file; put it there, or pass --unlabelled to store it for prediction")
+
+
+def source_hashes(source: Source) -> dict[str, str]:
+    """The hashes of a case's files. Raises `UserError` if one is missing."""
+    check_files(source)
     files = {"image": source.image} | ({"label": source.label} if source.label else {})
     return {f"{kind}_sha256": sha256(path) for kind, path in files.items()}
 
@@ -343,16 +352,24 @@ def write(source: Source, hashes: dict[str, str], options: Options) -> str:
     return notes
 
 
+def read_headers(source: Source, options: Options) -> tuple[Header, Header | None]:
+    """The headers of a case's image and, if it has one, label. Raises `UserError` if they don't belong together."""
+    image = read_header(source.image, options.channel, options.spacing)
+    if not source.label:
+        return image, None
+    label = read_header(source.label, spacing=options.spacing)
+    check_same_grid(image, label)
+    return image, label
+
+
 def convert(source: Source, options: Options) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any], str]:
     """A case as it is stored: image (Z, H, W), label (Z, H, W) if it has one, attributes, and notes on it.
 
     Raises `UserError` if it can't be stored.
     """
-    image, labels = read_header(source.image, options.channel, options.spacing), None
+    (image, label), labels = read_headers(source, options), None
     sources = {"image": image.source}
-    if source.label:
-        label = read_header(source.label, spacing=options.spacing)
-        check_same_grid(image, label)
+    if label:
         labels, _ = read_voxels(label, stored_label(options.labels, options.other))
         sources["label"] = label.source
     voxels, rounded = read_voxels(image, stored_image)

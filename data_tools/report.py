@@ -61,6 +61,11 @@ def case_row(case: Case) -> list[str]:
     ]
 
 
+def bytes_text(count: float) -> str:
+    """A number of bytes, for people."""
+    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.1f} GiB"
+
+
 def window_text(window: dict) -> str:
     """A store's window, for people."""
     unit = " percentile of each case" if window["kind"] == "percentile" else ""

@@ -117,19 +117,9 @@ def create_store(path: Path, attributes: Mapping[str, Any]) -> None:
     """
     path = located(path)
     path = path.resolve() if is_local(path) else path
-    wanted = {"format": FORMAT, "version": VERSION, **json.loads(json.dumps(dict(attributes)))}
-    if exists(path / "zarr.json"):
-        found = _root_attributes(path)
-        if differing := [key for key, value in wanted.items() if found.get(key) != value]:
-            key = differing[0]
-            raise UserError(
-                f"{path}: this store was made with {key}={found.get(key)!r}, not {wanted[key]!r}; "
-                "prepare into another folder, or give the same options"
-            )
-        read_sealed(path)
+    if check_store(path, attributes):
         return
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path}: exists and is no slice store; name an empty or new folder")
+    wanted = _root_facts(attributes)
     if not is_local(path):
         _write_root(path, wanted)
         return
@@ -145,6 +135,32 @@ def create_store(path: Path, attributes: Mapping[str, Any]) -> None:
         create_store(path, attributes)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def check_store(path: Path, attributes: Mapping[str, Any]) -> bool:
+    """Whether there is a store at `path`; nothing is written.
+
+    Raises `UserError` if something else is there, or a store with other labels, window or layout.
+    """
+    path = located(path)
+    wanted = _root_facts(attributes)
+    if exists(path / "zarr.json"):
+        found = _root_attributes(path)
+        if differing := [key for key, value in wanted.items() if found.get(key) != value]:
+            key = differing[0]
+            raise UserError(
+                f"{path}: this store was made with {key}={found.get(key)!r}, not {wanted[key]!r}; "
+                "prepare into another folder, or give the same options"
+            )
+        read_sealed(path)
+        return True
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: exists and is no slice store; name an empty or new folder")
+    return False
+
+
+def _root_facts(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {"format": FORMAT, "version": VERSION, **json.loads(json.dumps(dict(attributes)))}
 
 
 def _write_root(path: Path, attributes: Mapping[str, Any]) -> None:
@@ -164,23 +180,20 @@ def write_case(
     check_name("case", name)
     delete_case(path, name)
     try:
-        _write_arrays(path, name, image, label, attributes)
+        # Opened at the case: through its parents, Zarr would put temporary files into them that a kill leaves behind.
+        folder = located(path) / "cases" / name
+        group = zarr.create_group(zarr_place(folder))
+        counts = write_arrays(group, image, label)
+        _write_sealed(group, folder, {**attributes, "label_counts": counts})
     except BaseException:
         delete_case(path, name)
         raise
 
 
-def _write_arrays(
-    path: Path, name: str, image: np.ndarray, label: np.ndarray | None, attributes: Mapping[str, Any]
-) -> None:
-    # Opened at the case: through its parents, Zarr would put temporary files into them that a kill leaves behind.
-    folder = located(path) / "cases" / name
-    group = zarr.create_group(zarr_place(folder))
+def write_arrays(group: zarr.Group, image: np.ndarray, label: np.ndarray | None) -> list[list[int]]:
+    """The arrays of a case (see `write_case`). Returns the label counts, [] without labels."""
     _write_array(group, "image", image, count=False)
-    counts: list[list[int]] = []
-    if label is not None:
-        counts = _write_array(group, "label", label)
-    _write_sealed(group, folder, {**attributes, "label_counts": counts})
+    return [] if label is None else _write_array(group, "label", label)
 
 
 def _write_array(group: zarr.Group, key: str, voxels: np.ndarray, count: bool = True) -> list[list[int]]:
