@@ -158,6 +158,43 @@ def test_a_flipped_bit_changes_nothing_but_the_log(launch, job, tmp_path):
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.launch
+@pytest.mark.slow
+def test_auto_takes_the_faster_to_the_same_weights(job, tmp_path):
+    """Once the teacher is made to dawdle, once the reading."""
+    start = "import sys, time, spark_dist.networks.unet as u, spark_dist.teacher_cache as c\n"
+    start += "def dawdle(f): return lambda *a: (time.sleep(1), f(*a))[1]\n"
+    dawdling = {
+        "teacher": "u.UNet.forward = dawdle(u.UNet.forward)\n",
+        "reading": "c.TeacherCache.start_reading = dawdle(c.TeacherCache.start_reading)\n",
+    }
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    job = (*job, "--augment", "false")  # Else, nothing is seen twice in so few epochs.
+    said = {}
+    for name, code in dawdling.items():
+        code = start + code + "from spark_dist.cli import main; sys.exit(main(sys.argv[1:]))"
+        line = [sys.executable, "-c", code, "distill", *map(str, job), "--cache-folder", f"cache-{name}", "--out", name]
+        done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        said[name] = done.stdout
+    assert "ms by the teacher" in said["teacher"]
+    assert "--cache auto: uses the cache" in said["teacher"]
+    assert list(tmp_path.glob("cache-teacher/*/segments/*"))
+    assert "--cache auto: computes the teacher at every step" in said["reading"]
+    assert not list(tmp_path.glob("cache-reading/*/segments/*"))
+    a, b = (load_file(tmp_path / name / "student" / "best.safetensors") for name in dawdling)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.launch
+@pytest.mark.slow
+def test_canonical_keeps_one_entry_a_slice_and_says_how_far_off_it_is(launch, job, tmp_path):
+    output = launch(1, "distill", *job, "--cache", "canonical", "--out", "job", cwd=tmp_path).stdout
+    assert "turned features: approximate" in output
+    keys = entries(tmp_path / "runs" / "teacher-cache")
+    assert all(key % 8 == 0 for key in keys)
+    assert f"{len(keys)} targets read from the cache, {len(keys)} by a teacher forward" in output
+
+
 @pytest.mark.slow
 def test_a_full_disk_ends_caching_and_training_goes_on(launch, job, tmp_path):
     small = tmp_path / "small"

@@ -1,9 +1,12 @@
 """Teacher and student in one job: in rounds, or both at every step."""
 
+import signal
+
 import pytest
 import torch
 from golden import random_case
 from safetensors.torch import load_file
+from test_resume import assert_same, trace
 
 from data_tools.errors import UserError
 from spark_dist.config import DistillOptions
@@ -11,10 +14,16 @@ from spark_dist.distill import check
 from spark_dist.distillation import Distillation
 from spark_dist.distillers import build_distiller
 from spark_dist.networks import build_network
+from spark_dist.tracking import read_journal
 
 SMALL = ("--task", "organ", "--crop", 32, "--crop-shift", "[0,0]", "--batch-size", 6, "--log-every", 2)
 TEACHER = ("--teacher", "unet", "--teacher-width", 0.05)
 STUDENT = ("--student-width", 0.25, "--cache", "on", "--cache-folder", "cache", "--checkpoint-steps", 2)
+
+
+def logged(folder):
+    """The names of a run's metrics."""
+    return {key for _, event in read_journal(folder) for key in event.get("metrics", {})}
 
 
 @pytest.mark.slow
@@ -27,6 +36,38 @@ def test_one_round_is_training_the_teacher_and_then_the_student(jobs, tiny_store
     assert jobs("distill", *common, *teacher, *STUDENT, "--out", "two", folder=tmp_path)[0] == [0]
     a, b = (load_file(tmp_path / out / "student" / "best.safetensors") for out in ("one", "two"))
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["rounds", "live"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_in_any_round_and_resumed_it_is_as_if_nothing_had_been(jobs, tiny_store, tmp_path, how, processes):
+    arguments = ("--dataset", tiny_store, *SMALL, *TEACHER, *STUDENT, "--epochs", 4, "--out", "job")
+    arguments += ("--rounds", 3) if how == "rounds" else ("--together", "live")
+    codes, log = jobs("distill", *arguments, folder=tmp_path / "whole", processes=processes)
+    assert not any(codes), log
+    for n in (3, 9, 14, 4) if how == "rounds" else (3, 6, 4):
+        fault = {"place": "step", "n": n, "signal": int(signal.SIGKILL), "rank": processes - 1}
+        codes, log = jobs("distill", *arguments, folder=tmp_path / "parts", processes=processes, **fault)
+        assert codes[-1] == -signal.SIGKILL, log
+    codes, log = jobs("distill", *arguments, folder=tmp_path / "parts", processes=processes)
+    assert not any(codes), log
+
+    for folder in (tmp_path / "whole", tmp_path / "parts"):
+        teacher, student = folder / "job" / "teacher", folder / "job" / "student"
+        assert {"val/dice", "train/loss", "test/dice"} <= logged(teacher)
+        assert {"val/dice", "train/loss", "test/dice"} <= logged(student)
+        assert load_file(student / "best.safetensors").keys() == build_network("enet", width=0.25).state_dict().keys()
+        if how == "rounds":
+            # Each round has a cache of its own, and the last is left.
+            assert len(list((folder / "cache").iterdir())) == 1
+        else:
+            assert not (folder / "cache").exists()
+    if how == "rounds":
+        assert_same(*(trace(tmp_path / name) for name in ("whole", "parts")))
+        return
+    for network in ("teacher", "student"):
+        assert_same(*(load_file(tmp_path / n / "job" / network / "best.safetensors") for n in ("whole", "parts")))
 
 
 def test_a_live_teacher_learns_from_the_truth_alone_and_the_student_from_it():
