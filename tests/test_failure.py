@@ -43,7 +43,7 @@ def wait_for(path, pattern, launcher):
 @pytest.mark.launch
 @pytest.mark.slow
 def test_a_dead_process_ends_the_job_and_is_named_and_a_restart_goes_on(tiny_store, tmp_path):
-    command = ("--dataset", tiny_store, *SMALL, "--epochs", 40, "--out", "job")
+    command = ("--dataset", tiny_store, *SMALL, "--epochs", 20, "--out", "job")
     launcher = start(tmp_path, *command)
     states = tmp_path / "job" / "student" / "checkpoints"
     wait_for(states, "step-*.pt", launcher)
@@ -61,7 +61,7 @@ def test_a_dead_process_ends_the_job_and_is_named_and_a_restart_goes_on(tiny_sto
         assert launcher.poll() is None
         time.sleep(0.01)
     kill_rank(launcher, 1)
-    assert launcher.wait(200) == 0, (tmp_path / "output.txt").read_text()
+    assert launcher.wait(600) == 0, (tmp_path / "output.txt").read_text()
     assert (tmp_path / "job" / "student" / "test_cases.json").exists()
 
 

@@ -99,7 +99,7 @@ def test_interrupted_equals_uninterrupted(jobs, tiny_store, tmp_path, processes,
     struck = interrupt(jobs, arguments, tmp_path / "parts", processes, drawn)
     assert struck == faults
     assert_same(trace(tmp_path / "whole"), trace(tmp_path / "parts"))
-    assert not list((tmp_path / "parts" / "job").rglob(".*.tmp"))
+    assert not list((tmp_path / "parts" / "job").rglob(".step-*.tmp"))
 
 
 @pytest.mark.slow
