@@ -16,10 +16,10 @@ SMALL = ("--task", "organ", "--crop", 32, "--crop-shift", "[0,0]", "--batch-size
 SMALL += ("--network", "enet", "--width", 0.25)
 
 
-def start(folder, *arguments, restarts=0):
+def start(folder, *arguments):
     """`accelerate launch` with two processes, its output in folder/output.txt."""
     line = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_config.yaml"]
-    line += ["--max_restarts", restarts, "--main_process_port", free_port(), "-m", "spark_dist.train", *arguments]
+    line += ["--main_process_port", free_port(), "-m", "spark_dist.train", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with open(folder / "output.txt", "w") as output:
         return subprocess.Popen(list(map(str, line)), cwd=folder, env=environment, stdout=output, stderr=output)
@@ -42,7 +42,7 @@ def wait_for(path, pattern, launcher):
 
 @pytest.mark.launch
 @pytest.mark.slow
-def test_a_dead_process_ends_the_job_and_is_named_and_a_restart_goes_on(tiny_store, tmp_path):
+def test_a_dead_process_ends_the_job_and_is_named_and_the_same_command_goes_on(tiny_store, tmp_path):
     command = ("--dataset", tiny_store, *SMALL, "--epochs", 20, "--out", "job")
     launcher = start(tmp_path, *command)
     states = tmp_path / "job" / "student" / "checkpoints"
@@ -55,12 +55,7 @@ def test_a_dead_process_ends_the_job_and_is_named_and_a_restart_goes_on(tiny_sto
     assert re.search(r"rank\s*: 1 .*\n\s*exitcode\s*: -9", output)
     assert "Connection closed by peer" not in output
 
-    launcher = start(tmp_path, *command, restarts=1)
-    done = int(max(states.glob("step-*.pt")).stem.removeprefix("step-"))
-    while int(max(states.glob("step-*.pt")).stem.removeprefix("step-")) <= done:
-        assert launcher.poll() is None
-        time.sleep(0.01)
-    kill_rank(launcher, 1)
+    launcher = start(tmp_path, *command)
     assert launcher.wait(600) == 0, (tmp_path / "output.txt").read_text()
     assert (tmp_path / "job" / "student" / "test_cases.json").exists()
 
