@@ -11,6 +11,7 @@ from .errors import UserError
 from .layouts import LAYOUTS
 from .location import located
 from .report import case_row, cases_table, console, progress, window_text
+from .workers import cores
 
 DEFAULT_SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
 
@@ -219,7 +220,7 @@ def run_prepare(options: argparse.Namespace) -> int:
     )
     sources = prepare.find_sources(options.input, options.layout, patterns, options.channel, options.unlabelled)
     sources = prepare.choose(sources, options.only, part)
-    workers = options.workers or prepare.default_workers()
+    workers = options.workers or cores()
     if options.dry_run:
         from .plan import plan
 
@@ -228,11 +229,10 @@ def run_prepare(options: argparse.Namespace) -> int:
 
 
 def run_verify(options: argparse.Namespace) -> int:
-    from .prepare import default_workers
     from .verify import verify
 
     patterns = (options.image_pattern, options.label_pattern)
-    workers = options.workers or default_workers()
+    workers = options.workers or cores()
     return (
         1 if verify(options.store, options.source, patterns if any(patterns) else None, options.repair, workers) else 0
     )

@@ -4,10 +4,8 @@ import errno
 import fcntl
 import math
 import multiprocessing
-import os
 import signal
 import sys
-import threading
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,6 +37,7 @@ from .volumes import (
     stored_image,
     stored_label,
 )
+from .workers import end_with_parent
 
 HU_WINDOWS = {"kits": (-200.0, 300.0), "lits": (-60.0, 140.0)}
 """Hounsfield units that the original system maps to −1 and 1."""
@@ -287,12 +286,7 @@ def lost_source(source: Source, reason: str) -> Result:
 def start_worker() -> None:
     """End when the main process ends, and use one thread."""
     zarr.config.set({"threading.max_workers": 1})
-
-    def end_with_parent() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
 
 
 def prepare_case(options: Options, source: Source, force: bool = False) -> Result:
@@ -416,8 +410,3 @@ def summary(options: Options, done: dict[str, Result]) -> None:
         + (f"; {others} more in the store" if others else "")
         + f"; {window_text(options.window)}"
     )
-
-
-def default_workers() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

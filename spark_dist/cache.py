@@ -20,12 +20,10 @@ from data_tools.errors import UserError
 from data_tools.location import first_line, open_array
 from data_tools.store import open_store
 
-from .checkpoint import load_network
 from .cli import module_main
 from .config import DistillOptions
 from .data import Ahead, SliceDataset, as_is, to_device, visited
-from .distill import check, matching_cache
-from .distillers import build_distiller
+from .distill import check, frozen_teacher, matching_cache
 from .distributed import make_accelerator, shut_down
 from .entries import ROUNDING, as_tensor, decode, encode
 from .job import Job, check_network
@@ -81,11 +79,10 @@ def run(options: CacheOptions) -> None:
 def targets_of(job: Job) -> TeacherTargets:
     """The teacher of the options, and its cache."""
     o = job.options
-    teacher, description = load_network(o.teacher_checkpoint)
     student = check_network(o, o.student, o.student_width)
-    distiller = build_distiller(o.method, student.taps, teacher.taps, samples=len(job.table), **o.weights)
-    cache = matching_cache(job, teacher, distiller, description)
-    return TeacherTargets(teacher.to(job.accelerator.device), distiller, cache, job.accelerator.autocast)
+    targets, description = frozen_teacher(job, o.teacher_checkpoint, student.taps)
+    targets.cache = matching_cache(job, targets, description)
+    return targets
 
 
 def fill(job: Job, targets: TeacherTargets) -> None:

@@ -8,7 +8,6 @@ uses the same keys.
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import signal
 import time
@@ -32,6 +31,7 @@ from data_tools.errors import UserError
 from data_tools.location import finished
 from data_tools.shards import SliceReader
 from data_tools.store import TASKS, Store
+from data_tools.workers import cores, end_with_parent
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What asks a job to save its state and end."""
@@ -182,8 +182,7 @@ def decoding_threads() -> int:
     """How many threads of this process may decode at a time."""
     if get_worker_info() is not None:
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return max(1, min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def empty_batch(shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
@@ -252,13 +251,15 @@ def orientations(n: int, seed: int, epoch: int, choices: Sequence[int]) -> np.nd
     return orders[:, position]
 
 
+def epoch_keys(n: int, seed: int, epoch: int, choices: Sequence[int]) -> np.ndarray:
+    """The keys of the n samples of an epoch, in its order."""
+    order = permutation(n, seed, epoch)
+    return order * ORIENTATIONS + orientations(n, seed, epoch, choices)[order]
+
+
 def visited(n: int, seed: int, epochs: Iterable[int], choices: Sequence[int]) -> np.ndarray:
     """The keys of all samples that some epochs see of n slices, in the order in which they are first seen."""
-    seen = []
-    for epoch in epochs:
-        order = permutation(n, seed, epoch)
-        seen.append(order * ORIENTATIONS + orientations(n, seed, epoch, choices)[order])
-    keys = np.concatenate(seen)
+    keys = np.concatenate([epoch_keys(n, seed, epoch, choices) for epoch in epochs])
     return keys[np.sort(np.unique(keys, return_index=True)[1])]
 
 
@@ -296,8 +297,7 @@ class EpochSampler:
         return (self.steps - self.start) * self.accumulate
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = permutation(self.n, self.seed, self.epoch)
-        keys = order * ORIENTATIONS + orientations(self.n, self.seed, self.epoch, self.choices)[order]
+        keys = epoch_keys(self.n, self.seed, self.epoch, self.choices)
         for step in range(self.start, self.steps):
             low, high = self.n * step // self.steps, self.n * (step + 1) // self.steps
             for part in np.array_split(keys[low:high], self.accumulate):
@@ -332,20 +332,14 @@ def training_loader(dataset: SliceDataset, sampler: EpochSampler, workers: int) 
         persistent_workers=workers > 0,
         multiprocessing_context="forkserver" if workers else None,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=end_with_parent,
+        worker_init_fn=start_worker,
     )
     return Ahead(loader)
 
 
-def end_with_parent(worker: int) -> None:
-    """A worker whose training process was killed ends. It would wait for ever, as what it was forked from lives on."""
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    Thread(target=watch, daemon=True).start()
+def start_worker(worker: int) -> None:
+    """What a loader's worker does first."""
+    end_with_parent()
 
 
 class Ahead:

@@ -31,6 +31,7 @@ from .job import (
     tracked,
     train_stage,
 )
+from .networks.base import Taps
 from .teacher_cache import (
     TeacherCache,
     TeacherTargets,
@@ -89,9 +90,7 @@ def train_together(job: Job) -> None:
     with tracked(job.accelerator, o, f"teacher {o.teacher}", folder, tags, job.tracker) as tracker:
 
         def taught(student: nn.Module) -> tuple[Distillation, TeacherTargets]:
-            distiller = build_distiller(
-                o.method, student=student.taps, teacher=teacher.taps, samples=len(job.table), **o.weights
-            )
+            distiller = distiller_between(job, student.taps, teacher.taps)
             return Distillation(student, distiller, teacher), TeacherTargets(None, distiller, None, None)
 
         best = folder / "best.safetensors"
@@ -157,18 +156,27 @@ def given_teacher(job: Job) -> Path:
 def teach(job: Job, student: nn.Module, checkpoint: Path, epochs: range) -> tuple[Distillation, TeacherTargets]:
     """A student with the distiller between it and a teacher's checkpoint, and the source of its targets in `epochs`."""
     o = job.options
-    teacher, description = load_network(checkpoint)
-    distiller = build_distiller(
-        o.method, student=student.taps, teacher=teacher.taps, samples=len(job.table), **o.weights
-    )
-    targets = TeacherTargets(teacher.to(job.accelerator.device), distiller, None, job.accelerator.autocast)
+    targets, description = frozen_teacher(job, checkpoint, student.taps)
     if o.cache != "off":
-        cache = matching_cache(job, teacher, distiller, description)
+        cache = matching_cache(job, targets, description)
         weigh(job, targets, cache, epochs)
         targets.cache = cache
         if o.rounds > 1:
             only_generation(job, cache.folder)
-    return Distillation(student, distiller), targets
+    return Distillation(student, targets.distiller), targets
+
+
+def distiller_between(job: Job, student: Taps, teacher: Taps) -> Distiller:
+    """The job's method for two networks."""
+    o = job.options
+    return build_distiller(o.method, student=student, teacher=teacher, samples=len(job.table), **o.weights)
+
+
+def frozen_teacher(job: Job, checkpoint: Path, student: Taps) -> tuple[TeacherTargets, dict[str, Any]]:
+    """What a saved teacher says to a student with these taps, without a cache, and the teacher's description."""
+    teacher, description = load_network(checkpoint)
+    distiller = distiller_between(job, student, teacher.taps)
+    return TeacherTargets(teacher.to(job.accelerator.device), distiller, None, job.accelerator.autocast), description
 
 
 def only_generation(job: Job, folder: Path) -> None:
@@ -182,14 +190,14 @@ def only_generation(job: Job, folder: Path) -> None:
     job.accelerator.wait_for_everyone()
 
 
-def matching_cache(job: Job, teacher: nn.Module, distiller: Distiller, facts: dict[str, Any]) -> TeacherCache:
-    """The cache of this teacher, method, crop and data."""
+def matching_cache(job: Job, targets: TeacherTargets, facts: dict[str, Any]) -> TeacherCache:
+    """The cache of this teacher, method, crop and data; `facts` describe the teacher."""
     o, crop = job.options, job.options.crop_window
-    probe, shapes = probe_targets(distiller, teacher.taps, crop.size)
+    probe, shapes = probe_targets(targets.distiller, targets.teacher.taps, crop.size)
     description = {
         "teacher": facts["network"],
         "teacher_width": facts["width"],
-        "teacher_weights": weights_hash(teacher),
+        "teacher_weights": weights_hash(targets.teacher),
         "method": o.method,
         "method_probe": probe,
         "targets": shapes,

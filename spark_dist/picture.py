@@ -87,8 +87,10 @@ def predictions_picture(
     for position in np.unique(np.linspace(0, len(cases) - 1, min(rows, len(cases))).astype(int)):
         case = store.cases[cases[position]]
         z = int(case.label_counts[:, TASKS[task]].sum(axis=1).argmax())
-        image = reader.case(case.name, "image")[z : z + 1]
-        truth = reader.case(case.name, "label")[z : z + 1] >= min(TASKS[task])
+        what = f"{store.path}: {case.name} slice {z}"
+        # A copy, as what is read is good until the next slice.
+        image = reader.slices(case.name, "image").start(z, what)()[np.newaxis].copy()
+        truth = reader.slices(case.name, "label").start(z, what)()[np.newaxis] >= min(TASKS[task])
         predictions = {}
         for name, network in networks.items():
             predicted = probabilities(network, image, case, crop, device) >= threshold

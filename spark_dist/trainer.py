@@ -11,14 +11,13 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
 
 from data_tools.errors import UserError
 
-from .checkpoint import load_state, newest_state, save_network, save_state
+from .checkpoint import load_state, load_weights, newest_state, save_network, save_state
 from .cli import Interrupted
 from .config import TrainingOptions
-from .data import ORIENTATIONS, Batch, EpochSampler, SliceTable, to_device
+from .data import ORIENTATIONS, Ahead, Batch, EpochSampler, SliceTable, to_device
 from .distillation import Distillation
 from .distributed import Pace, saveable
 from .progress import console, progress_bar
@@ -29,7 +28,7 @@ def fit(
     accelerator: Accelerator,
     distillation: Distillation,
     teacher: TeacherTargets,
-    loader: DataLoader,
+    loader: Ahead,
     validate: Callable[[torch.nn.Module], dict[str, float]],
     options: TrainingOptions,
     epochs: int,
@@ -157,7 +156,9 @@ def resume(accelerator: Accelerator, folder: Path, saved: dict[str, Any]) -> dic
         return {}
     state = load_state(path)
     for name, part in saved.items():
-        if part is not None:
+        if isinstance(part, torch.nn.Module):
+            load_weights(part, state.pop(name), str(path))
+        elif part is not None:
             part.load_state_dict(state.pop(name))
     before, now = state.pop("processes"), accelerator.num_processes
     if before != now:

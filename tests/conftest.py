@@ -26,6 +26,23 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a disk of its own that is as small as asked for: small_disk("64k")."""
+    folder = tmp_path / "disk"
+
+    def mount(size: str) -> Path:
+        folder.mkdir()
+        line = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+        if subprocess.run(line, check=False, capture_output=True).returncode:
+            pytest.skip("a small disk can't be mounted here (needs root)")
+        return folder
+
+    yield mount
+    if folder.is_mount():
+        subprocess.run(["umount", folder], check=True)
+
+
 @pytest.fixture(scope="session")
 def tiny_store(tmp_path_factory) -> Path:
     """Eleven small cases with a bright organ and a tumour in it; an odd number of test cases and of slices."""

@@ -243,29 +243,17 @@ def test_a_file_that_may_not_be_read(kits, prepare):
     assert "2 unchanged, 1 failed" in out[-1]
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 64 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], check=False, capture_output=True
-    ).returncode:
-        pytest.skip("a small disk can't be mounted here (needs root)")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
 def test_a_full_disk(kits, prepare, small_disk):
+    disk = small_disk("64k")
     noise = np.random.default_rng(0).integers(-1000, 1000, (64, 64, 16), np.int16)
     save(kits / "case_00001" / "imaging.nii.gz", noise)
     save(kits / "case_00001" / "segmentation.nii.gz", np.zeros(noise.shape, np.uint8))
-    code, out, err = prepare_kits(prepare, kits, store=small_disk / "s.zarr")
+    code, out, err = prepare_kits(prepare, kits, store=disk / "s.zarr")
     assert code == 1
     assert len(err) == 1
-    assert f"{small_disk}/s.zarr" in err[0]
+    assert f"{disk}/s.zarr" in err[0]
     assert "No space left on device; mend that and run the command again" in err[0]
-    assert list(open_store(small_disk / "s.zarr").cases) == ["case_00000", "case_00002"]
+    assert list(open_store(disk / "s.zarr").cases) == ["case_00000", "case_00002"]
     assert "2 prepared, 0 unchanged, 1 failed" in out[-1]
 
 

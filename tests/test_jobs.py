@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 
 import pytest
 import torch
@@ -168,15 +167,9 @@ def test_a_damaged_slice_ends_the_job_with_its_name(launch, tiny_store, tmp_path
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_an_error_that_names_the_file(launch, tiny_store, tmp_path):
-    small = tmp_path / "small"
-    small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", small], check=False).returncode:
-        pytest.skip("can't mount a small tmpfs here")
-    try:
-        command = ("--dataset", tiny_store, *SMALL, "--network", "enet", "--epochs", 1)
-        failed = launch(1, "train", *command, "--out", small / "job", cwd=tmp_path, code=2)
-        assert "Traceback" not in failed.stderr
-        assert "can't be written" in failed.stderr
-    finally:
-        subprocess.run(["umount", small], check=True)
+def test_a_full_disk_is_an_error_that_names_the_file(launch, tiny_store, small_disk, tmp_path):
+    small = small_disk("600k")
+    command = ("--dataset", tiny_store, *SMALL, "--network", "enet", "--epochs", 1)
+    failed = launch(1, "train", *command, "--out", small / "job", cwd=tmp_path, code=2)
+    assert "Traceback" not in failed.stderr
+    assert "can't be written" in failed.stderr

@@ -3,13 +3,11 @@
 import sys
 
 import torch
-from method_network import STUDENT, TEACHER, Student, made_up_targets
+from method_network import distillation, freeze_statistics, made_up_targets
 from safetensors.torch import save_file
-from torch import nn
 
 from spark_dist.data import EpochSampler
-from spark_dist.distillation import Distillation
-from spark_dist.distillers import DISTILLERS, build_distiller
+from spark_dist.distillers import DISTILLERS
 from spark_dist.distributed import make_accelerator, shut_down
 from spark_dist.networks import NetworkOutput
 
@@ -20,16 +18,11 @@ sampler = EpochSampler(N, N, 0, (0,), accelerator.process_index, accelerator.num
 mine = torch.tensor([key // 8 for key in next(iter(sampler))])
 gradients = {}
 for method in sorted(DISTILLERS):
-    torch.manual_seed(0)
-    student = Student()
-    distiller = build_distiller(method, student=STUDENT, teacher=STUDENT if method == "tfkd" else TEACHER, samples=N)
+    module = distillation(method, N)
     image, mask, output = made_up_targets(N, SIDE)
-    targets = distiller.teacher_targets(NetworkOutput(*(t[mine] for t in output)), mask[mine])
-    module = Distillation(student, distiller)
+    targets = module.distiller.teacher_targets(NetworkOutput(*(t[mine] for t in output)), mask[mine])
     model = accelerator.prepare(module)
-    for layer in module.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.eval()
+    freeze_statistics(module)
     terms = model(image[mine], mask[mine], targets, mine)
     accelerator.backward(sum(terms.values()) * sampler.weight(0))
     gradients |= {f"{method}/{name}": p.grad.clone() for name, p in module.named_parameters()}

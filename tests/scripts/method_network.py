@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from spark_dist.distillation import Distillation
+from spark_dist.distillers import build_distiller
 from spark_dist.networks import NetworkOutput, Tap, Taps
 
 STUDENT = Taps(low=Tap(4, 2), high=Tap(6, 8))
@@ -22,6 +24,21 @@ class Student(nn.Module):
         low = self.low(x).tanh()
         high = self.high(low).tanh()
         return NetworkOutput(self.head(high), low, high)
+
+
+def distillation(method, samples):
+    """A fresh student and a method, the same in every process."""
+    torch.manual_seed(0)
+    student = Student()
+    teacher = STUDENT if method == "tfkd" else TEACHER
+    return Distillation(student, build_distiller(method, student=STUDENT, teacher=teacher, samples=samples))
+
+
+def freeze_statistics(module):
+    """Batch norms no longer look at the batch, which differs with how it is shared."""
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.eval()
 
 
 def made_up_targets(n, side):

@@ -4,13 +4,11 @@ method's weights to argv[1]."""
 import sys
 
 import torch
-from method_network import STUDENT, TEACHER, Student, made_up_targets
+from method_network import distillation, freeze_statistics, made_up_targets
 from safetensors.torch import save_file
-from torch import nn
 
 from spark_dist.data import EpochSampler
-from spark_dist.distillation import Distillation
-from spark_dist.distillers import DISTILLERS, build_distiller
+from spark_dist.distillers import DISTILLERS
 from spark_dist.distributed import make_accelerator, shut_down
 
 N, SIDE, BATCH, STEPS = 31, 32, 9, 20
@@ -18,21 +16,16 @@ N, SIDE, BATCH, STEPS = 31, 32, 9, 20
 accelerator = make_accelerator()
 weights = {}
 for method in sorted(DISTILLERS):
-    torch.manual_seed(0)
-    student = Student()
-    distiller = build_distiller(method, student=STUDENT, teacher=STUDENT if method == "tfkd" else TEACHER, samples=N)
+    module = distillation(method, N)
     image, mask, output = made_up_targets(N, SIDE)
-    module = Distillation(student, distiller)
     model, optimizer = accelerator.prepare(module, torch.optim.Adam(module.parameters(), lr=1e-3))
-    for layer in module.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.eval()
+    freeze_statistics(module)
     sampler = EpochSampler(N, BATCH, 0, (0,), accelerator.process_index, accelerator.num_processes)
     for epoch in range(STEPS // sampler.steps):
         sampler.epoch = epoch
         for step, keys in enumerate(sampler):
             mine = torch.tensor(keys) // 8
-            targets = distiller.teacher_targets(type(output)(*(t[mine] for t in output)), mask[mine])
+            targets = module.distiller.teacher_targets(type(output)(*(t[mine] for t in output)), mask[mine])
             accelerator.backward(sum(model(image[mine], mask[mine], targets, mine).values()) * sampler.weight(step))
             optimizer.step()
             optimizer.zero_grad()
