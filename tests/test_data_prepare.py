@@ -416,12 +416,13 @@ def test_options_that_are_none(kits, prepare, wrong):
 
 @pytest.fixture(scope="module")
 def thirty(tmp_path_factory):
-    """Thirty cases of noise, and the store of a run that nobody disturbed."""
+    """Thirty cases of noise, and the store of a run that nobody disturbed. They are large enough for a run to last
+    seconds, so that it can be disturbed on a busy machine too."""
     folder = tmp_path_factory.mktemp("thirty")
     random = np.random.default_rng(0)
     for k in range(30):
-        save(folder / "nii" / f"{k:02}_ct.nii.gz", random.integers(-1000, 1000, (160, 150, 20), np.int16))
-        save(folder / "nii" / f"{k:02}_seg.nii.gz", random.integers(0, 3, (160, 150, 20)).astype(np.uint8))
+        save(folder / "nii" / f"{k:02}_ct.nii.gz", random.integers(-1000, 1000, (320, 300, 20), np.int16))
+        save(folder / "nii" / f"{k:02}_seg.nii.gz", random.integers(0, 3, (320, 300, 20)).astype(np.uint8))
     start(folder / "nii", folder / "whole.zarr", "1").communicate(timeout=60)
     return folder
 
