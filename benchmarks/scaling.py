@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
+from spark_dist.distributed import DDP
 from spark_dist.networks import build_network
 
 TARGET = 0.9
@@ -29,7 +30,7 @@ def work(rank: int, port: int, options: argparse.Namespace) -> None:
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     networks = [build_network(options.network) for _ in range(2)]
-    parallel = DistributedDataParallel(networks[1])
+    parallel = DistributedDataParallel(networks[1], **DDP)
     optimizers = [torch.optim.Adam(network.parameters()) for network in networks]
     image = torch.randn(options.batch, 1, options.crop, options.crop)
     target = (image[:, 0] > 0).float()

@@ -11,11 +11,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, gather_object
 
 from data_tools.errors import UserError
 
 from .data import STOP_SIGNALS
+
+DDP = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+"""Running statistics are made equal where they are used, before an evaluation, rather than at every step."""
 
 _asked: list[int] = []
 """The signals to stop that have come."""
@@ -85,13 +88,14 @@ def make_accelerator(accumulate: int = 1, clip: float = 0.0, timeout: float = 30
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
     # Naming the backend where there is a GPU would replace NCCL; `cpu=True` would turn DeepSpeed off.
     backend = {} if cuda else {"backend": "gloo"}
-    handlers = [InitProcessGroupKwargs(timeout=timedelta(minutes=timeout), **backend)]
+    group = InitProcessGroupKwargs(timeout=timedelta(minutes=timeout), **backend)
     if not cuda and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
         raise UserError("fp16 needs a GPU; use --mixed_precision bf16 or no")
+    join_again(group)
     accelerator = Accelerator(
         cpu=not cuda and not deepspeed,
         gradient_accumulation_steps=accumulate,
-        kwargs_handlers=handlers if started > 1 or deepspeed else [],
+        kwargs_handlers=[group, DistributedDataParallelKwargs(**DDP)] if started > 1 or deepspeed else [],
     )
     if accelerator.num_processes != started:
         raise UserError(
@@ -103,6 +107,20 @@ def make_accelerator(accumulate: int = 1, clip: float = 0.0, timeout: float = 30
             raise UserError("with DeepSpeed, mixed_precision must be 'no'; use DDP (multi_gpu.yaml) for bf16 and fp16")
         accelerator.deepspeed_plugin.deepspeed_config.update(deepspeed_settings(accumulate, clip))
     return accelerator
+
+
+def join_again(how: InitProcessGroupKwargs) -> None:
+    """Form the group after the launcher's `--max_restarts` started the processes anew.
+
+    Before that, the group that failed left its addresses in the launcher's store, which torchrun's static rendezvous
+    keeps; the new one must not find them.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if not restarts or dist.is_initialized() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    store, rank, world = next(dist.rendezvous("env://", timeout=how.timeout))
+    store = dist.PrefixStore(f"restart {restarts}", store)
+    dist.init_process_group(how.backend, store=store, rank=rank, world_size=world, timeout=how.timeout)
 
 
 def deepspeed_settings(accumulate: int, clip: float) -> dict[str, Any]:

@@ -144,7 +144,8 @@ def checkpoint(
     teacher.flush()
     tensors = {name: part.state_dict() for name, part in saved.items() if part is not None}
     if accelerator.is_main_process:
-        save_state(folder / "checkpoints", done, state | tensors | {"processes": accelerator.num_processes}, keep)
+        how = {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
+        save_state(folder / "checkpoints", done, state | tensors | how, keep)
     accelerator.wait_for_everyone()
 
 
@@ -154,12 +155,19 @@ def resume(accelerator: Accelerator, folder: Path, saved: dict[str, Any]) -> dic
     (path,) = broadcast_object_list([newest_state(folder / "checkpoints") if accelerator.is_main_process else None])
     if path is None:
         return {}
-    state = load_state(path)
+    state, precision = load_state(path), accelerator.mixed_precision
+    if accelerator.scaler is None or "scaler" not in state:
+        # Only fp16 has one, and a job may go on in another precision.
+        saved = {name: part for name, part in saved.items() if name != "scaler"}
+        state.pop("scaler", None)
     for name, part in saved.items():
         if isinstance(part, torch.nn.Module):
             load_weights(part, state.pop(name), str(path))
         elif part is not None:
             part.load_state_dict(state.pop(name))
+    before, now = state.pop("precision", precision), precision
+    if before != now:
+        accelerator.print(f"{folder.name}: goes on with mixed precision {now} instead of {before}")
     before, now = state.pop("processes"), accelerator.num_processes
     if before != now:
         accelerator.print(

@@ -16,10 +16,10 @@ SMALL = ("--task", "organ", "--crop", 32, "--crop-shift", "[0,0]", "--batch-size
 SMALL += ("--network", "enet", "--width", 0.25)
 
 
-def start(folder, *arguments):
+def start(folder, *arguments, restarts=0):
     """`accelerate launch` with two processes, its output in folder/output.txt."""
     line = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_config.yaml"]
-    line += ["--main_process_port", free_port(), "-m", "spark_dist.train", *arguments]
+    line += ["--max_restarts", restarts, "--main_process_port", free_port(), "-m", "spark_dist.train", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with open(folder / "output.txt", "w") as output:
         return subprocess.Popen(list(map(str, line)), cwd=folder, env=environment, stdout=output, stderr=output)
@@ -56,6 +56,22 @@ def test_a_dead_process_ends_the_job_and_is_named_and_the_same_command_goes_on(t
     assert "Connection closed by peer" not in output
 
     launcher = start(tmp_path, *command)
+    assert launcher.wait(600) == 0, (tmp_path / "output.txt").read_text()
+    assert (tmp_path / "job" / "student" / "test_cases.json").exists()
+
+
+@pytest.mark.launch
+@pytest.mark.slow
+def test_a_job_restarts_by_itself_as_often_as_processes_die(tiny_store, tmp_path):
+    launcher = start(tmp_path, "--dataset", tiny_store, *SMALL, "--epochs", 30, "--out", "job", restarts=2)
+    states = tmp_path / "job" / "student" / "checkpoints"
+    wait_for(states, "step-*.pt", launcher)
+    for rank in (1, 0):
+        before = max(states.glob("step-*.pt"))
+        while max(states.glob("step-*.pt")) == before:
+            assert launcher.poll() is None, (tmp_path / "output.txt").read_text()
+            time.sleep(0.01)
+        kill_rank(launcher, rank)
     assert launcher.wait(600) == 0, (tmp_path / "output.txt").read_text()
     assert (tmp_path / "job" / "student" / "test_cases.json").exists()
 

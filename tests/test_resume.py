@@ -8,13 +8,15 @@ import time
 import psutil
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from data_tools.errors import UserError
-from spark_dist.checkpoint import load_state, newest_state, save_network
+from spark_dist.checkpoint import load_state, newest_state, save_network, save_state
 from spark_dist.data import EpochSampler
 from spark_dist.networks import build_network
 from spark_dist.tracking import read_journal
+from spark_dist.trainer import resume
 
 SMALL = ("--task", "organ", "--crop", 32, "--crop-shift", "[0,0]", "--batch-size", 6, "--log-every", 2)
 SMALL += ("--teacher", "unet", "--teacher-width", 0.05, "--student-width", 0.25, "--method", "crd", "--epochs", 5)
@@ -151,6 +153,24 @@ def test_a_job_goes_on_with_another_number_of_processes(jobs, tiny_store, tmp_pa
     codes, log = jobs("distill", *arguments, folder=tmp_path)
     assert codes == [0]
     assert "1 processes instead of 2" in log
+
+
+@pytest.mark.parametrize(("before", "now"), [("no", "fp16"), ("fp16", "no"), ("fp16", "fp16")])
+def test_a_job_may_go_on_in_another_precision(tmp_path, capsys, before, now):
+    network, scaler = torch.nn.Linear(2, 2), torch.amp.GradScaler("cpu", init_scale=8)
+    held = {"model": network.state_dict(), "epoch": 1, "processes": 1, "precision": before}
+    held |= {"scaler": torch.amp.GradScaler("cpu", init_scale=4).state_dict()} if before == "fp16" else {}
+    save_state(tmp_path / "checkpoints", 1, held, keep=1)
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler, accelerator.state._mixed_precision = scaler if now == "fp16" else None, now
+    saved = {"model": torch.nn.Linear(2, 2), "scaler": accelerator.scaler}
+    try:
+        assert resume(accelerator, tmp_path, saved) == {"epoch": 1}
+    finally:
+        accelerator.state._mixed_precision = "no"
+    assert torch.equal(saved["model"].weight, network.weight)
+    assert scaler.get_scale() == (4 if before == now else 8)
+    assert (f"precision {now} instead of {before}" in capsys.readouterr().out) == (before != now)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
