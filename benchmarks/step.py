@@ -14,6 +14,7 @@ import csv
 import json
 import os
 import platform
+import random
 import statistics
 import tempfile
 import time
@@ -75,6 +76,10 @@ class Bench:
             found[f"{method}, cache"] = self.variant(distiller, self.filled(method, distiller))
             found[f"{method}, live"] = self.variant(distiller, None)
         found["spark, live, plain formulation"] = self.variant(PlainSPARK(*self.taps), None)
+        for how in ("channels last", "compiled")[: 1 + self.o.compile]:
+            found[f"plain student, {how}"] = self.variant(Plain(), None, how)
+            distiller = build_distiller("spark", *self.taps)
+            found[f"spark, cache, {how}"] = self.variant(distiller, self.filled("spark", distiller), how)
         if self.o.changes:
             found |= self.changes()
         return found
@@ -101,14 +106,18 @@ class Bench:
     def read(self, keys, cache):
         return SliceDataset(self.table, Crop((self.o.crop, self.o.crop)), cache).__getitems__(keys)
 
-    def model(self, distiller):
+    def model(self, distiller, how: str = ""):
         torch.manual_seed(0)
         model = Distillation(build_network("enet"), distiller).to(self.device).train()
+        if how == "channels last":
+            model.to(memory_format=torch.channels_last)
+        if how == "compiled":
+            model.student.compile()
         return model, torch.optim.Adam(model.parameters(), fused=True)
 
-    def variant(self, distiller, cache) -> Callable[[], float]:
+    def variant(self, distiller, cache, how: str = "") -> Callable[[], float]:
         """A step with targets from the cache or else from the teacher."""
-        model, optimizer = self.model(distiller)
+        model, optimizer = self.model(distiller, how)
         teacher = None if isinstance(distiller, Plain) else self.teacher
         targets = TeacherTargets(teacher, distiller, cache, self.autocast)
         dataset = SliceDataset(self.table, Crop((self.o.crop, self.o.crop)), cache)
@@ -174,11 +183,11 @@ def data(path: Path, options: argparse.Namespace) -> Path:
         path,
         {"labels": {"organ": [1]}, "window": {"kind": "fixed", "low": -200, "high": 300}, "layout": "noise"},
     )
-    random = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     side, slices = options.crop, options.batch * options.batches
     y, x = np.indices((side, side))
     label = np.broadcast_to(np.hypot(y - side / 2, x - side / 3) < side / 5, (slices, side, side)).astype(np.uint8)
-    image = (label * 120 + random.normal(0, 40, label.shape)).round().astype(np.int16)
+    image = (label * 120 + generator.normal(0, 40, label.shape)).round().astype(np.int16)
     facts = {"affine": np.eye(4).tolist(), "spacing": [1.0, 1.0, 1.0], "window": [-200.0, 300.0], "source": {}}
     for name in ("train", "val", "test"):
         write_case(path, name, image, label, facts)
@@ -196,10 +205,13 @@ def forget_pages(folder: Path) -> None:
 
 
 def measure(steps: dict[str, Callable[[], float]], rounds: int, live_rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step, the variants taking turns; a first turn of each does not count."""
+    """Seconds of each step, the variants taking turns in an order that is drawn anew for each round, as a step also
+    depends on what was in the caches before it; a first turn of each does not count."""
     times: dict[str, list[float]] = {name: [] for name in steps}
+    order, generator = list(steps.items()), random.Random(0)
     for k in range(rounds + 1):
-        for name, step in steps.items():
+        generator.shuffle(order)
+        for name, step in order:
             if "live" in name and k > live_rounds:
                 continue
             seconds = step()
@@ -249,7 +261,9 @@ def figure(rows: list[dict], path: Path, about: str) -> None:
         "#777777"
         if n == "plain student"
         else "#1f77b4"
-        if n.endswith("cache")
+        if ", cache" in n
+        else "#bbbbbb"
+        if n.startswith("plain student")
         else "#d62728"
         if "live" in n
         else "#ff9f40"
@@ -262,7 +276,8 @@ def figure(rows: list[dict], path: Path, about: str) -> None:
         y = names.index(name)
         axes.plot([target, target], [y - 0.4, y + 0.4], color="black", lw=1.5)
     axes.axvline(1, color="#777777", lw=0.8)
-    axes.set(xscale="log", xlabel="plain student steps (black: target)", title=about)
+    axes.set(xscale="log", xlabel="plain student steps (black: target)")
+    axes.set_title(about.replace(", wall", ",\nwall").replace(", cpu", ",\ncpu"), fontsize=9)
     axes.set_xlim(0.7, max(values) * 1.6)
     fig.savefig(path, dpi=130)
 
@@ -280,6 +295,7 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--cold", action="store_true", help="read the cache from the disk rather than from memory")
     parser.add_argument("--changes", action="store_true", help="also SPARK's loss, one change after the other")
+    parser.add_argument("--compile", action="store_true", help="also a compiled student (a minute for its first step)")
     parser.add_argument("--only", default="", help="variants whose name contains one of these (comma-separated)")
     parser.add_argument("--name", default="step", help="name of the files in benchmarks/results")
     options = parser.parse_args()

@@ -48,6 +48,12 @@ class TrainingOptions:
     student's place (0: none)."""
     sync_batchnorm: bool = False
     """Batch normalisation over the global batch rather than each process's share. Needs GPUs."""
+    channels_last: bool = False
+    """Keep feature maps with their channels last in memory, which convolutions often compute faster; see
+    benchmarks/README.md. Rounding differs."""
+    compile: bool = False
+    """Generate code for the network that is trained (torch.compile): its first step takes a minute and needs a C++
+    compiler. Rounding and dropout's random numbers differ."""
     seed: int = 3407
     """Seed of weights, order, orientations and dropout."""
     support_slices: int = 64

@@ -251,6 +251,10 @@ def train_stage(
         loader = training_loader(dataset, sampler, options.workers)
         if options.sync_batchnorm:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if options.channels_last:
+            model.to(memory_format=torch.channels_last)
+        if options.compile:
+            model.student.compile()
         with memory_explained(options, accelerator.num_processes):
             fit(
                 accelerator,

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from spark_dist.checkpoint import load_state, newest_state
+from spark_dist.tracking import read_journal
 
 SMALL = ("--task", "organ", "--crop", 32, "--crop-shift", "[0,0]", "--batch-size", 8, "--log-every", 2)
 TAUGHT = ("--teacher", "unet", "--teacher-width", 0.05, "--student-width", 0.25)
@@ -90,6 +91,27 @@ def test_two_and_three_processes_train_as_one_does(launch, tiny_store, tmp_path)
     for processes in (2, 3):
         for key, value in weights[1].items():
             torch.testing.assert_close(weights[processes][key], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_channels_last_and_compiled_it_trains_alike(jobs, tiny_store, tmp_path):
+    """The weights that differ show that the options do something."""
+    command = ("--dataset", tiny_store, *SMALL, "--log-every", 1, "--network", "enet", "--width", 0.25, "--epochs", 1)
+    ways = {"plain": (), "last": ("--channels-last", "true"), "compiled": ("--compile", "true")}
+    logged, weights = {}, {}
+    for name, options in ways.items():
+        codes, log = jobs("train", *command, *options, "--out", name, folder=tmp_path)
+        assert codes == [0], log
+        student = tmp_path / name / "student"
+        logged[name] = [e["metrics"] for _, e in read_journal(student) if "train/loss" in e.get("metrics", {})]
+        weights[name] = last_state(student)["model"]
+    # Generated code draws other random numbers for dropout.
+    for name, tolerance in (("last", 2e-3), ("compiled", 5e-2)):
+        for metrics, plain in zip(logged[name], logged["plain"], strict=True):
+            assert metrics["train/loss"] == pytest.approx(plain["train/loss"], rel=tolerance)
+        assert weights[name].keys() == weights["plain"].keys()
+        assert not all(torch.equal(weights[name][key], value) for key, value in weights["plain"].items())
 
 
 @pytest.mark.launch
