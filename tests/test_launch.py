@@ -70,6 +70,7 @@ def losses(folder):
 
 @pytest.mark.launch
 @pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="DeepSpeed builds its operators with g++")
 def test_zero_2_trains_as_ddp_does_and_resumes(jobs, tiny_store, tmp_path):
     pytest.importorskip("deepspeed")
     config = yaml.safe_load((ROOT / "launch" / "accelerate" / "deepspeed_zero2.yaml").read_text())
@@ -84,7 +85,7 @@ def test_zero_2_trains_as_ddp_does_and_resumes(jobs, tiny_store, tmp_path):
 
     shutil.copytree(tmp_path / "zero", tmp_path / "again")
     student = tmp_path / "again" / "student"
-    for path in (*states(student / "checkpoints")[1:], student / "test_cases.json", student / "best.safetensors"):
+    for path in (*states(student / "checkpoints")[1:], student / "test_cases.json"):
         path.unlink()
     launch_with("zero.yaml", tmp_path, "again", *data)
     whole, again = (load_state(newest_state(tmp_path / out / "student" / "checkpoints")) for out in ("zero", "again"))
