@@ -7,6 +7,7 @@ import time
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import nibabel
 import numpy as np
 import pytest
 from conftest import free_port
@@ -88,6 +89,31 @@ def test_a_store_in_a_bucket_is_the_one_in_a_folder(bucket, tmp_path, capsys):
     capsys.readouterr()
     assert main(["preview", places[1], "--out", str(tmp_path / "look"), "--only", "case_00000"]) == 0
     assert (tmp_path / "look" / "sheets" / "case_00000.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_a_store_in_a_bucket_is_verified_repaired_and_exported(bucket, tmp_path, capsys):
+    kits, place = str(save_kits(tmp_path / "kits", 2)), f"{bucket}/whole.zarr"
+    options = ["--layout", "kits", "--labels", "organ=1,tumour=2", "--workers", "1"]
+    assert main(["prepare", kits, place, *options]) == 0
+    assert main(["verify", place, "--source", kits, "--workers", "1"]) == 0
+    assert "2 sound" in capsys.readouterr().out
+    shard = located(place) / "cases" / "case_00001" / "image" / "c" / "0" / "0" / "0"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 8
+    shard.write_bytes(bytes(data))
+    assert main(["verify", place, "--workers", "1"]) == 1
+    assert "error: case_00001: image slice" in capsys.readouterr().err
+    assert main(["verify", place, "--source", kits, "--repair", "--workers", "2"]) == 0
+    assert "1 repaired" in capsys.readouterr().out
+    for kind, options in (("imaging", []), ("segmentation", ["--label"])):
+        out, source = tmp_path / f"{kind}.nii.gz", tmp_path / "kits" / "case_00001" / f"{kind}.nii.gz"
+        assert main(["export", place, "case_00001", str(out), *options]) == 0
+        found, whole = nibabel.load(out), nibabel.load(source)
+        np.testing.assert_array_equal(np.asanyarray(found.dataobj), np.asanyarray(whole.dataobj))
+        np.testing.assert_array_equal(found.affine, whole.affine)
+    assert main(["stats", place, "--out", str(tmp_path / "stats.png")]) == 0
+    assert (tmp_path / "stats.png").stat().st_size > 10_000
 
 
 def test_damage_in_a_bucket_is_found(bucket, tiny_store, capsys):
