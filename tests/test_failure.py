@@ -2,13 +2,16 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 
 import psutil
 import pytest
+import torch
 from conftest import ROOT, free_port
+from safetensors.torch import load_file
 
 from spark_dist.cli import main
 
@@ -102,6 +105,25 @@ def test_out_of_memory_says_what_to_try(jobs, tiny_store, tmp_path):
     assert codes == [2], log
     assert "out of memory with 6 slices of 1024×1024" in log
     assert "--accumulate 2, --batch_size 3" in log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["120k", "400k", "800k"])
+def test_a_full_disk_is_one_line_and_the_job_goes_on_when_there_is_room(jobs, tiny_store, small_disk, tmp_path, size):
+    arguments = ("--dataset", tiny_store, *SMALL, "--epochs", 3, "--checkpoint-steps", 2)
+    disk = small_disk(size)
+    codes, log = jobs("train", *arguments, "--out", disk / "job", folder=tmp_path)
+    assert codes == [2], log
+    (line,) = (line for line in log.splitlines() if line.startswith("error: "))
+    assert str(disk) in line
+    assert "make room" in line
+    assert "Traceback" not in log
+    shutil.copytree(disk / "job", tmp_path / "moved")
+    codes, log = jobs("train", *arguments, "--out", "moved", folder=tmp_path)
+    assert codes == [0], log
+    codes, log = jobs("train", *arguments, "--out", "whole", folder=tmp_path)
+    a, b = (load_file(tmp_path / out / "student" / "best.safetensors") for out in ("moved", "whole"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.mark.slow
