@@ -76,13 +76,17 @@ def make_accelerator(accumulate: int = 1, clip: float = 0.0, timeout: float = 30
     minutes of waiting for a process that is there but does not answer, the others end.
 
     Raises `UserError` if processes were started that do not know of each other, which would train as many separate
-    networks, for fp16 on a CPU, which would silently train in float32, or if the launcher was told to accumulate.
+    networks, for fp16 on a CPU, which would silently train in float32, for FSDP, or if the launcher was told to
+    accumulate.
     """
     told = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if told not in ("1", str(accumulate)):
         raise UserError(
             f"the launcher's configuration says gradient_accumulation_steps {told}; use --accumulate {told}"
         )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+        # Accelerate turns it on for accelerators only, so that it can't be tested without one.
+        raise UserError("FSDP is not supported; use DDP (multi_gpu.yaml) or DeepSpeed ZeRO (deepspeed_zero2.yaml)")
     started = int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"

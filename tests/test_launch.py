@@ -94,3 +94,19 @@ def test_zero_2_trains_as_ddp_does_and_resumes(jobs, tiny_store, tmp_path):
     code = "import sys; sys.modules['deepspeed'] = None; from spark_dist.checkpoint import load_network; "
     code += f"print(load_network({str(tmp_path / 'zero' / 'student' / 'best.safetensors')!r})[1])"
     assert "enet" in subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "FSDP is not supported"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3", "use --accumulate 3"),
+    ],
+)
+def test_what_a_configuration_asks_for_in_vain_is_said(monkeypatch, variable, value, message):
+    from data_tools.errors import UserError
+    from spark_dist.distributed import make_accelerator
+
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=message):
+        make_accelerator()
