@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import time
+import warnings
 from datetime import timedelta
 from typing import Any
 
@@ -19,6 +20,8 @@ from .data import STOP_SIGNALS
 
 DDP = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
 """Running statistics are made equal where they are used, before an evaluation, rather than at every step."""
+# The option's new name is unknown to all torch but the newest.
+warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
 
 _asked: list[int] = []
 """The signals to stop that have come."""
