@@ -82,12 +82,24 @@ class Cell(nn.Module):
         return self.flat and self.flat(x), self.deep and self.deep(x)
 
 
+class SliceConv3d(nn.Conv3d):
+    """A 3D convolution of volumes of depth 1, where only the middle slice of the kernel meets more than padding.
+
+    Computed in 2D it takes a third of the time. Nor can the real one be used for bfloat16 on CPUs with AMX: oneDNN 3.12
+    reads memory that is not the volume's.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        middle = self.weight[:, :, self.kernel_size[0] // 2]
+        return F.conv2d(x.squeeze(2), middle, self.bias, padding="same").unsqueeze(2)
+
+
 def double_conv(channels: int, out_channels: int, kernel: tuple[int, int, int]) -> nn.Sequential:
     """Convolution, instance norm, leaky ReLU; twice."""
     layers = []
     for inputs in (channels, out_channels):
         layers += [
-            nn.Conv3d(inputs, out_channels, kernel, padding="same"),
+            SliceConv3d(inputs, out_channels, kernel, padding="same"),
             nn.InstanceNorm3d(out_channels, affine=True),
             nn.LeakyReLU(inplace=True),
         ]
