@@ -466,7 +466,8 @@ def complete(store: Path) -> int:
 def test_a_run_that_is_ended_goes_on(thirty, tmp_path, how):
     store = tmp_path / "s.zarr"
     run = start(thirty / "nii", store, "2")
-    wait_for(lambda: complete(store) >= 3)
+    # A quick look, and two of them may be in the making.
+    wait_for(lambda: len(list(store.glob("cases/*/zarr.json"))) >= 5)
     os.killpg(run.pid, signal.SIGSTOP)  # else it might be done before the signal, on a busy machine
     workers = psutil.Process(run.pid).children(recursive=True)
     assert len(workers) >= 2
