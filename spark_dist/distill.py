@@ -114,7 +114,10 @@ def check(options: DistillOptions) -> None:
             "--teacher-checkpoint is of a teacher that is trained already; leave out --rounds and --together"
         )
     if options.together == "live" and (options.rounds > 1 or options.teacher_epochs):
-        raise UserError("--together live trains both networks at every step; leave out --rounds and --teacher-epochs")
+        raise UserError(
+            "--together live trains both networks at every step; leave out --rounds, and set --teacher-epochs 0 if a "
+            "recipe sets it"
+        )
     if not 1 <= options.rounds <= min(options.epochs, options.teacher_epochs or options.epochs):
         raise UserError(
             f"--rounds {options.rounds} must be at least 1, and at most the number of epochs of each network"
