@@ -46,13 +46,13 @@ from torch.utils.data import DataLoader, Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_tools.store import Store, open_store, write_split
+from spark_dist.blocks import empty_array
 from spark_dist.data import (
     ORIENTATIONS,
     Crop,
     EpochSampler,
     SliceDataset,
     SliceTable,
-    empty_batch,
     orient,
     slice_table,
     training_loader,
@@ -196,14 +196,15 @@ class MappedDataset(Dataset):
 
     def __getitems__(self, keys: list[int]) -> dict[str, torch.Tensor]:
         rows, columns = CROP.overlap(SHAPE[1:])[0]
-        batch = {kind: empty_batch((len(keys), *CROP.size), np.dtype(dtype)) for kind, dtype in KINDS.items()}
-        arrays = {kind: tensor.numpy() for kind, tensor in batch.items()}
+        arrays = {kind: empty_array((len(keys), *CROP.size), dtype) for kind, dtype in KINDS.items()}
         for n, key in enumerate(keys):
             name = self.table.cases[self.table.case[key // ORIENTATIONS]]
             z = int(self.table.slice[key // ORIENTATIONS])
             for kind, out in arrays.items():
                 out[n] = orient(self.open(name, kind)[z, rows, columns], key % ORIENTATIONS)
-        return batch | {"window": torch.tensor([WINDOW] * len(keys))}
+        arrays["window"] = empty_array((len(keys), 2), np.float32)
+        arrays["window"][:] = WINDOW
+        return {kind: torch.from_numpy(array) for kind, array in arrays.items()}
 
 
 class NpzDataset(Dataset):

@@ -20,9 +20,10 @@ from data_tools.errors import UserError
 from data_tools.location import first_line, open_array
 from data_tools.store import open_store
 
+from .blocks import packed
 from .cli import module_main
 from .config import DistillOptions
-from .data import Ahead, SliceDataset, as_is, to_device, visited
+from .data import Ahead, SliceDataset, to_device, visited
 from .distill import check, frozen_teacher, matching_cache
 from .distributed import make_accelerator, shut_down
 from .entries import ROUNDING, as_tensor, decode, encode
@@ -101,7 +102,7 @@ def fill(job: Job, targets: TeacherTargets) -> None:
     accelerator.wait_for_everyone()
     job.say(f"teacher cache {cache.folder}: {int((~cache.missing(keys)).sum())} of {len(keys)} entries there")
     dataset = SliceDataset(job.table, o.crop_window)
-    loader = Ahead(DataLoader(dataset, batch_sampler=mine, collate_fn=as_is))
+    loader = Ahead(DataLoader(dataset, batch_sampler=mine, collate_fn=packed))
     flushed = time.monotonic()
     with progress_bar("teacher cache", len(mine), 0, accelerator.is_main_process) as advance:
         for raw in loader:

@@ -7,7 +7,6 @@ uses the same keys.
 
 import hashlib
 import json
-import math
 import os
 import signal
 import time
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from multiprocessing import forkserver
 from queue import Full, Queue
 from threading import Event, Thread
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import torch
+from accelerate.utils import recursively_apply
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
@@ -33,12 +33,16 @@ from data_tools.shards import SliceReader
 from data_tools.store import TASKS, Store
 from data_tools.workers import cores, end_with_parent
 
+from .blocks import empty_array, open_outbox, packed, shared_blocks, unpacked
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What asks a job to save its state and end."""
 ORIENTATIONS = 8
 """The dihedral group D4: orientation = quarter turns + 4 × (flipped left to right first)."""
 UPRIGHT = (0, 2, 4, 6)
 """The orientations without quarter turns, which keep the sides of a rectangle."""
+PREFETCHED, AHEAD = 2, 2
+"""Batches that are asked of each worker beforehand, and that wait in the training process."""
 TURNS = ((0, None), (1, 0), (0, -1), (1, 1), (0, 1), (1, None), (0, 0), (1, -1))
 """Each orientation as a transposition, or none, and then OpenCV's code of a flip (0 rows, 1 columns, −1 both)."""
 
@@ -165,13 +169,18 @@ class VoxelReader:
 
     def each(self, work: Callable[[int], None], count: int) -> None:
         """work(0) … work(count − 1), on this process's share of the cores; in a loader's worker one after the other."""
-        if (threads := decoding_threads()) == 1:
-            for n in range(count):
+        threads = max(1, min(decoding_threads(), count))
+
+        def share(first: int) -> None:
+            for n in range(first, count, threads):
                 work(n)
-            return
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        list(self._threads.map(work, range(count)))
+
+        if threads > 1 and self._threads is None:
+            self._threads = ThreadPoolExecutor(decoding_threads() - 1, thread_name_prefix="decode")
+        others = [self._threads.submit(share, first) for first in range(1, threads)]
+        share(0)
+        for other in others:
+            other.result()
 
     def case(self, case: str, kind: str) -> np.ndarray:
         """All voxels of a case, (Z, H, W)."""
@@ -183,16 +192,6 @@ def decoding_threads() -> int:
     if get_worker_info() is not None:
         return 1
     return max(1, min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
-
-def empty_batch(shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
-    """A tensor to be filled; in a loader's worker it is in shared memory, so that it need not be copied there."""
-    kind = torch.from_numpy(np.empty(0, dtype)).dtype
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=kind)
-    # As torch's default_collate does it.
-    storage = torch.UntypedStorage._new_shared(math.prod(shape) * kind.itemsize)
-    return torch.empty(0, dtype=kind).set_(storage, 0, shape)
 
 
 class SliceDataset(Dataset):
@@ -216,9 +215,9 @@ class SliceDataset(Dataset):
             reads.append([self.reader.slices(name, kind).start(z, what) for kind in ("image", "label")])
         cached = self.cache.start_reading(keys) if self.cache is not None else None
         dtype = np.result_type(*(fact.dtype for fact in facts))
-        image_batch = empty_batch((len(keys), *self.crop.size), dtype)
-        label_batch = empty_batch((len(keys), *self.crop.size), np.dtype(np.uint8))
-        images, labels = image_batch.numpy(), label_batch.numpy()
+        images, labels = (empty_array((len(keys), *self.crop.size), kind) for kind in (dtype, np.uint8))
+        windows, own_keys = empty_array((len(keys), 2), np.float32), empty_array(keys.shape, np.int64)
+        windows[:], own_keys[:] = [fact.window for fact in facts], keys
 
         def fill(n: int) -> None:
             (image, label), orientation = reads[n], keys[n] % ORIENTATIONS
@@ -227,10 +226,10 @@ class SliceDataset(Dataset):
 
         self.reader.each(fill, len(keys))
         return {
-            "image": image_batch,
-            "label": label_batch,
-            "window": torch.tensor([fact.window for fact in facts], dtype=torch.float32),
-            "keys": torch.from_numpy(keys),
+            "image": torch.from_numpy(images),
+            "label": torch.from_numpy(labels),
+            "window": torch.from_numpy(windows),
+            "keys": torch.from_numpy(own_keys),
             "entries": cached() if cached is not None else None,
         }
 
@@ -316,8 +315,10 @@ class EpochSampler:
 def training_loader(dataset: SliceDataset, sampler: EpochSampler, workers: int) -> "Ahead":
     """Batches in the sampler's order, read ahead. Workers are started fresh, never forked (see `VoxelReader`).
 
-    Signals to stop are for the training process: what starts the workers blocks them, and the workers inherit that.
+    A batch is good until the next one is taken. Signals to stop are for the training process: what starts the workers
+    blocks them, and the workers inherit that.
     """
+    blocks = shared_blocks(workers, blocks_in_use(workers)) if workers else None
     if workers:
         # Imported once for all workers; this starts no threads.
         forkserver.set_forkserver_preload(["spark_dist.data"])
@@ -327,26 +328,36 @@ def training_loader(dataset: SliceDataset, sampler: EpochSampler, workers: int) 
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=as_is,
+        collate_fn=packed,
         num_workers=workers,
+        prefetch_factor=PREFETCHED if workers else None,
         persistent_workers=workers > 0,
         multiprocessing_context="forkserver" if workers else None,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=start_worker,
+        worker_init_fn=partial(start_worker, blocks=blocks),
     )
-    return Ahead(loader)
+    return Ahead(loader, blocks)
 
 
-def start_worker(worker: int) -> None:
+def blocks_in_use(workers: int) -> int:
+    """The most of one worker's batches that are wanted at a time: those asked of it beforehand, and its share (workers
+    take turns) of those that wait, of one that has just arrived and of one that is computed on."""
+    return PREFETCHED + -(-(AHEAD + 2) // workers)
+
+
+def start_worker(worker: int, blocks: Tensor) -> None:
     """What a loader's worker does first."""
     end_with_parent()
+    open_outbox(worker, blocks)
 
 
 class Ahead:
-    """A loader whose next batches are read by a thread while the one before is computed on."""
+    """A loader whose next batches are read by a thread while the one before is computed on.
 
-    def __init__(self, loader: DataLoader, depth: int = 2):
-        self.loader, self.depth = loader, depth
+    What comes out is pinned where there is a GPU.
+    """
+
+    def __init__(self, loader: DataLoader, blocks: Tensor | None = None):
+        self.loader, self.blocks = loader, blocks
         self.batch_sampler, self.dataset = loader.batch_sampler, loader.dataset
         self.waited = 0.0
         """Seconds for which a batch was waited for."""
@@ -357,12 +368,18 @@ class Ahead:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         # Before the thread starts: a loader draws its seed from the global random numbers.
         batches = iter(self.loader)
-        queue: Queue = Queue(maxsize=self.depth)
+        queue: Queue = Queue(maxsize=AHEAD)
         left = Event()
+        gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
 
         def read() -> None:
             try:
-                for batch in batches:
+                if gpu is not None:
+                    torch.cuda.set_device(gpu)  # a thread's own setting
+                for parcel in batches:
+                    batch = unpacked(parcel, self.blocks)
+                    if gpu is not None:
+                        batch = recursively_apply(Tensor.pin_memory, batch)
                     if put((batch, None)):
                         return
                 put((None, None))
@@ -394,11 +411,6 @@ class Ahead:
             thread.join()
 
 
-def as_is(batch: dict[str, Any]) -> dict[str, Any]:
-    """The dataset makes whole batches."""
-    return batch
-
-
 class Batch(NamedTuple):
     """A batch on the training device."""
 
@@ -423,7 +435,7 @@ def to_device(raw: dict[str, Any], task: str, device: torch.device) -> Batch:
         image=windowed(raw["image"].to(device, non_blocking=True), raw["window"].to(device, non_blocking=True)),
         mask=one_hot(raw["label"].to(device, non_blocking=True), task),
         index=raw["keys"].to(device, non_blocking=True) // ORIENTATIONS,
-        keys=raw["keys"].numpy(),
+        keys=raw["keys"].numpy().copy(),
         targets=targets and {name: t.to(device, non_blocking=True) for name, t in targets.items()},
         damaged=damaged,
     )

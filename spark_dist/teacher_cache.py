@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from data_tools.errors import UserError
 from data_tools.location import first_line, open_array
 
+from .blocks import empty_array
 from .checkpoint import write_text
 from .data import ORIENTATIONS, Batch
 from .distillers.base import Distiller
@@ -153,7 +154,7 @@ class TeacherCache:
                 self.forget(damaged)
                 return Entries(None, tuple(damaged))
             columns = zip(*rows, strict=True)
-            return Entries({name: as_tensor(np.stack(x)) for name, x in zip(names, columns, strict=True)})
+            return Entries({name: as_tensor(stacked(x)) for name, x in zip(names, columns, strict=True)})
 
         return result
 
@@ -213,6 +214,11 @@ class TeacherCache:
         """How many entries can be read."""
         self.refresh()
         return int((self._segment >= 0).sum())
+
+
+def stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows of one shape as one array."""
+    return np.stack(rows, out=empty_array((len(rows), *rows[0].shape), rows[0].dtype))
 
 
 def _raise(error: Exception) -> None:

@@ -22,6 +22,7 @@ from spark_dist.data import (
     Crop,
     EpochSampler,
     SliceDataset,
+    blocks_in_use,
     orient,
     slice_table,
     to_device,
@@ -140,15 +141,23 @@ def test_too_many_processes_for_a_batch_is_refused():
 
 
 @pytest.mark.slow
-def test_workers_give_the_same_batches(table):
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_workers_give_the_same_batches(table, workers):
+    """Also to one who takes his time, while the workers go on filling their blocks, or who leaves in the middle."""
     dataset = SliceDataset(table, Crop((32, 32)))
     dataset.__getitems__([0, 1])  # opened in the parent before the workers start
-    sampler = EpochSampler(len(table), 8, 0, range(8))
-    plain = [batch["image"] for batch in training_loader(dataset, sampler, 0)]
-    loader = training_loader(dataset, sampler, 2)
-    for _ in range(2):
-        for a, b in zip(plain, loader, strict=True):
-            assert torch.equal(a, b["image"])
+    sampler = EpochSampler(len(table), 1, 0, range(8))
+    plain = [dataset.__getitems__(keys) for keys in sampler]
+    loader = training_loader(dataset, sampler, workers)
+    assert len(plain) > workers * blocks_in_use(workers)
+    for wait, end in ((0.02, len(plain)), (0, 9), (0, len(plain))):
+        for n, (a, b) in enumerate(zip(plain, loader, strict=True)):
+            time.sleep(wait)
+            for name in ("image", "label", "window", "keys"):
+                assert torch.equal(a[name], b[name]), (n, name)
+            if n == end:
+                break
 
 
 @pytest.mark.parametrize(
@@ -167,7 +176,8 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 from data_tools.store import open_store
-from spark_dist.data import Crop, SliceDataset, as_is, slice_table
+from spark_dist.blocks import packed
+from spark_dist.data import Crop, SliceDataset, slice_table
 
 if __name__ == "__main__":
     table = slice_table(open_store(Path({str(tiny_store)!r})), "default", "train", "organ")
@@ -175,7 +185,7 @@ if __name__ == "__main__":
     keys = [[0, 9, 18], [27, 36]]
     read = [dataset.__getitems__(batch)["image"] for batch in keys]
     loader = DataLoader(
-        dataset, batch_sampler=keys, collate_fn=as_is, timeout=60, num_workers={workers},
+        dataset, batch_sampler=keys, collate_fn=packed, timeout=60, num_workers={workers},
         persistent_workers={persistent}, multiprocessing_context={start!r},
     )
     for epoch in range(2):
