@@ -149,6 +149,7 @@ def checked(file: FileIO, begin: int, buffer: np.ndarray) -> np.ndarray:
     if len(buffer) <= CHECKSUM or os.preadv(file.fileno(), [buffer], begin) != len(buffer):
         raise ValueError("the file is too short")
     content, checksum = buffer[:-CHECKSUM], buffer[-CHECKSUM:]
-    if google_crc32c.value(content.tobytes()) != int.from_bytes(checksum.tobytes(), "little"):
+    content.flags.writeable = False  # else it would have to be copied for the checksum
+    if google_crc32c.value(content) != int.from_bytes(checksum.tobytes(), "little"):
         raise ValueError("its checksum is wrong")
     return content
