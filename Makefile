@@ -17,7 +17,7 @@ lint: $(INSTALLED)  ## ruff, as CI runs it
 
 bench: $(INSTALLED)  ## speed and memory, as ratios measured in one run
 	$(BIN)/python -m pip install --quiet -e ".[bench]"
-	for script in benchmarks/*.py; do $(BIN)/python $$script; done
+	for name in store step scaling; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 clean:  ## what quickstart made
 	rm -rf quickstart

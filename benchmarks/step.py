@@ -1,12 +1,13 @@
-"""What a training step costs with and without a teacher: python benchmarks/step.py
+"""What a training step costs with and without a teacher: python -m benchmarks.step
 
 All variants take turns in one run, and a variant's figure is the median of its steps, so that what else the machine
 does falls on all alike. A step is what the loop does: it takes a batch that was read meanwhile, computes targets or
 has them read, takes the loss, its gradients and the optimizer's step; the next batch is read while it computes, and
 its time is over when both are done.
 
-On a machine that others use as well, `--clock cpu --threads 1` counts the seconds of all of the process's threads in
-place of the wall clock's, which a step shares with whoever else is there.
+Each turn is two steps, of which the second counts: what the step before has left in caches and in freed memory is what
+a job's step finds. On a machine that others use as well, `--clock cpu --threads 1` counts the seconds of all of the
+process's threads in place of the wall clock's, which a step shares with whoever else is there.
 """
 
 import argparse
@@ -214,7 +215,7 @@ def measure(steps: dict[str, Callable[[], float]], rounds: int, live_rounds: int
         for name, step in order:
             if "live" in name and k > live_rounds:
                 continue
-            seconds = step()
+            _, seconds = step(), step()
             if k:
                 times[name].append(seconds)
         print(f"\rround {k + 1} of {rounds + 1}", end="", flush=True)

@@ -1,6 +1,6 @@
 """The slice store against other ways of storing slices, side by side in one run.
 
-    python benchmarks/store.py [--volumes 24] [--folder FOLDER]
+    python -m benchmarks.store [--volumes 24] [--folder FOLDER]
 
 Synthetic CT volumes of 512×512×64 are written as .nii.gz and prepared in each way: four of them, and for the store,
 whose command takes a second to start, the same ones over and over under other names. Then batches of 16 random slices

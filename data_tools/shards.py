@@ -1,8 +1,9 @@
 """Single slices out of a store's files, with no more work than to read and to decode them.
 
-A training loader reads one slice here and one there. TensorStore reads a shard's index anew for each, and passes the
-slice on through several fresh buffers. Here the index is kept, and a slice goes from the file into two buffers that a
-thread uses again and again. What is not laid out as `store.write_case` does it, or not in a local folder, goes through
+A training loader reads one slice here and one there, and one entry of the teacher cache here and one there, which is a
+slice of an array with any number of axes. TensorStore reads a shard's index anew for each, and passes the slice on
+through several fresh buffers. Here the index is kept, and a slice goes from the file into two buffers that a thread
+uses again and again. What is not laid out as `store.write_case` does it, or not in a local folder, goes through
 TensorStore.
 """
 
@@ -21,7 +22,7 @@ import numpy as np
 from numcodecs import blosc
 
 from .errors import UserError
-from .location import damaged, finished, first_line, is_local, open_array
+from .location import damaged, first_line, is_local, open_array
 
 if TYPE_CHECKING:
     import tensorstore
@@ -35,17 +36,20 @@ MISSING = 2**64 - 1
 blosc.use_threads = False
 
 
-class SliceReader:
-    """Reads single slices of one array (Z, H, W) of a store.
+DAMAGE = (OSError, ValueError, RuntimeError)
+"""What reading a damaged slice raises; RuntimeError is numcodecs' for bytes that can't be unpacked."""
 
-    What it returns is good until the same thread takes another slice, of whichever reader. Raises `UserError` if there
-    is no such array.
+
+class SliceReader:
+    """Reads single slices along the first axis of one array, of a store (Z, H, W) or of a teacher cache.
+
+    `context` is TensorStore's, which reads then. Raises `UserError` if there is no such array.
     """
 
-    def __init__(self, path: Path):
-        self._path, metadata = path, read_metadata(path)
+    def __init__(self, path: Path, context: "tensorstore.Context | None" = None):
+        self._path, self._context, metadata = path, context, read_metadata(path)
         self._shape, self._dtype = metadata["shape"][1:], np.dtype(metadata["data_type"])
-        self._per_shard = slices_per_shard(metadata) if is_local(path) else 0
+        self._per_shard = slices_per_shard(metadata) if is_local(path) and context is None else 0
         self._indices: dict[int, np.ndarray] = {}
 
     @property
@@ -56,40 +60,63 @@ class SliceReader:
     @cached_property
     def array(self) -> "tensorstore.TensorStore":
         """The whole array, unread."""
-        return open_array(self._path)
+        return open_array(self._path, self._context)
 
     def start(self, z: int, what: str) -> Callable[[], np.ndarray]:
-        """Have slice `z` fetched. Returns a function that gives its voxels (H, W).
+        """Have slice `z` fetched. Returns a function that gives its voxels (H, W), good until the same thread takes
+        another slice, of whichever reader.
 
         Both raise `UserError` naming `what` if the slice is damaged or missing.
         """
+        try:
+            take = self.fetch(z)
+        except DAMAGE as error:
+            raise damaged(what, error) from None
+
+        def finish() -> np.ndarray:
+            try:
+                return take(None)
+            except DAMAGE as error:
+                raise damaged(what, error) from None
+
+        return finish
+
+    def fetch(self, z: int) -> Callable[[np.ndarray | None], np.ndarray]:
+        """Have slice `z` fetched. Returns a function that puts it into a contiguous array, or into this thread's
+        own for None.
+
+        Both raise one of `DAMAGE`.
+        """
         if not self.direct:
             read = self.array[z].read()
-            return lambda: finished(read, what)
+            return lambda out: finished_into(read, out)
         shard, place = divmod(z, self._per_shard)
-        try:
-            file = FileIO(f"{self._path}/c/{shard}/0/0")
-            if shard not in self._indices:
-                self._indices[shard] = read_index(file, self._per_shard)
-            begin, length = map(int, self._indices[shard][place])
-            if begin == MISSING:
-                raise ValueError("it is missing")
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), begin, length, os.POSIX_FADV_WILLNEED)
-        except (OSError, ValueError) as error:
-            raise damaged(what, error) from None
-        return lambda: self._decoded(file, begin, length, what)
+        file = FileIO(f"{self._path}/c/{shard}" + "/0" * len(self._shape))
+        if shard not in self._indices:
+            self._indices[shard] = read_index(file, self._per_shard)
+        begin, length = map(int, self._indices[shard][place])
+        if begin == MISSING:
+            raise ValueError("it is missing")
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), begin, length, os.POSIX_FADV_WILLNEED)
+        return lambda out: self._decoded(file, begin, length, out)
 
-    def _decoded(self, file: FileIO, begin: int, length: int, what: str) -> np.ndarray:
-        size = math.prod(self._shape) * self._dtype.itemsize
-        voxels = scratch("voxels", size).view(self._dtype).reshape(self._shape)
-        try:
-            with file:
-                blosc.decompress(checked(file, begin, scratch("packed", length)), voxels)
-        # RuntimeError is what numcodecs raises for bytes that can't be unpacked.
-        except (OSError, ValueError, RuntimeError) as error:
-            raise damaged(what, error) from None
+    def _decoded(self, file: FileIO, begin: int, length: int, out: np.ndarray | None) -> np.ndarray:
+        if out is None:
+            size = math.prod(self._shape) * self._dtype.itemsize
+            out = scratch("voxels", size).view(self._dtype).reshape(self._shape)
+        with file:
+            blosc.decompress(checked(file, begin, scratch("packed", length)), out.reshape(-1).view(np.uint8))
+        return out
+
+
+def finished_into(read: "tensorstore.Future", out: np.ndarray | None) -> np.ndarray:
+    """The result of a read, in `out` if there is one."""
+    voxels = read.result()
+    if out is None:
         return voxels
+    out[...] = voxels
+    return out
 
 
 _scratch = threading.local()

@@ -230,7 +230,7 @@ class SliceDataset(Dataset):
             "label": torch.from_numpy(labels),
             "window": torch.from_numpy(windows),
             "keys": torch.from_numpy(own_keys),
-            "entries": cached() if cached is not None else None,
+            "entries": cached(self.reader.each) if cached is not None else None,
         }
 
 

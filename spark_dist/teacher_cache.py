@@ -31,12 +31,13 @@ from torch import Tensor, nn
 
 from data_tools.errors import UserError
 from data_tools.location import first_line, open_array
+from data_tools.shards import DAMAGE, SliceReader
 
 from .blocks import empty_array
 from .checkpoint import write_text
 from .data import ORIENTATIONS, Batch
 from .distillers.base import Distiller
-from .entries import as_tensor, decode, encode, layout
+from .entries import as_tensor, decode, encode, layout, numpy_dtype
 from .networks.base import NetworkOutput, Taps
 
 log = logging.getLogger(__name__)
@@ -83,9 +84,9 @@ class TeacherCache:
     def _forget(self) -> None:
         self.full = False
         self._process = os.getpid()
-        self._context = ts.Context({"cache_pool": {"total_bytes_limit": self.memory}})
+        self._context = ts.Context({"cache_pool": {"total_bytes_limit": self.memory}}) if self.memory else None
         self._names: list[str] = []
-        self._arrays: dict[tuple[str, str], ts.TensorStore] = {}
+        self._readers: dict[tuple[str, str], SliceReader] = {}
         self._segment = np.full(self.size, -1, np.int32)
         self._row = np.zeros(self.size, np.int32)
         self._changed = -1
@@ -127,34 +128,42 @@ class TeacherCache:
                 self._row[keys] = np.arange(len(keys))
                 self._segment[keys] = len(self._names) - 1
 
-    def start_reading(self, keys: np.ndarray) -> Callable[[], Entries]:
-        """Begin to read the entries of samples; the result is called for them."""
+    def start_reading(self, keys: np.ndarray) -> Callable[..., Entries]:
+        """Have the entries of samples fetched. Returns a function that gives them.
+
+        It may be given a function that does work(0) … work(n − 1), as in `data.VoxelReader.each`, to decode them.
+        """
         if self.idle:
-            return lambda: Entries(None)
+            return lambda each=in_turn: Entries(None)
         if self._process != os.getpid():
             self._forget()
         stored = self.stored(keys)
         if (self._segment[stored] < 0).any():
             self.refresh()
         if (self._segment[stored] < 0).any():
-            return lambda: Entries(None)
+            return lambda each=in_turn: Entries(None)
         places = [(self._names[s], int(r)) for s, r in zip(self._segment[stored], self._row[stored], strict=True)]
-        names = list(layout(self.shapes, self.dtype))
-        reads = [[self._start(segment, name, row) for name in names] for segment, row in places]
+        kinds = layout(self.shapes, self.dtype)
+        takes = [[self._fetch(segment, name, row) for name in kinds] for segment, row in places]
 
-        def result() -> Entries:
-            rows, damaged = [], []
-            for entry, waiting in zip(stored, reads, strict=True):
+        def result(each: Callable = in_turn) -> Entries:
+            arrays = {n: empty_array((len(keys), *shape), numpy_dtype(kind)) for n, (shape, kind) in kinds.items()}
+            damaged = {}
+
+            def take(n: int) -> None:
                 try:
-                    rows.append([wait() for wait in waiting])
-                except (ValueError, OSError, UserError) as error:
-                    damaged.append(int(entry))
-                    log.warning("teacher cache: entry %d: %s; it is computed again", entry, first_line(error))
-            if damaged:
-                self.forget(damaged)
-                return Entries(None, tuple(damaged))
-            columns = zip(*rows, strict=True)
-            return Entries({name: as_tensor(stacked(x)) for name, x in zip(names, columns, strict=True)})
+                    for array, into in zip(arrays.values(), takes[n], strict=True):
+                        into(array[n, ...])
+                except DAMAGE as error:
+                    damaged[int(stored[n])] = error
+
+            each(take, len(keys))
+            if not damaged:
+                return Entries({name: as_tensor(array) for name, array in arrays.items()})
+            for entry, error in sorted(damaged.items()):
+                log.warning("teacher cache: entry %d: %s; it is computed again", entry, first_line(error))
+            self.forget(list(damaged))
+            return Entries(None, tuple(sorted(damaged)))
 
         return result
 
@@ -162,15 +171,15 @@ class TeacherCache:
         """Take entries for missing, until a segment is found that has them and was not known."""
         self._segment[np.asarray(keys, int)] = -1
 
-    def _start(self, segment: str, name: str, row: int) -> Callable[[], np.ndarray]:
-        """Begin to read one array of one entry."""
-        if (segment, name) not in self._arrays:
-            try:
+    def _fetch(self, segment: str, name: str, row: int) -> Callable[[np.ndarray], np.ndarray]:
+        """Have one array of one entry fetched."""
+        try:
+            if (segment, name) not in self._readers:
                 path = self.folder / "segments" / segment / name
-                self._arrays[segment, name] = open_array(path, self._context)
-            except UserError as error:
-                return partial(_raise, error)
-        return self._arrays[segment, name][row].read().result
+                self._readers[segment, name] = SliceReader(path, self._context)
+            return self._readers[segment, name].fetch(row)
+        except (UserError, *DAMAGE) as error:
+            return partial(_raise, ValueError(first_line(error)))
 
     def add(self, keys: np.ndarray, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Keep the targets of the entries `keys`, and return them as reading them back would: rounded to the cache's
@@ -216,12 +225,13 @@ class TeacherCache:
         return int((self._segment >= 0).sum())
 
 
-def stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Rows of one shape as one array."""
-    return np.stack(rows, out=empty_array((len(rows), *rows[0].shape), rows[0].dtype))
+def in_turn(work: Callable[[int], None], count: int) -> None:
+    """work(0) … work(count − 1)."""
+    for n in range(count):
+        work(n)
 
 
-def _raise(error: Exception) -> None:
+def _raise(error: Exception, out: np.ndarray) -> None:
     raise error
 
 
