@@ -20,6 +20,7 @@ benchmarks/results/store.png, the numbers to store.json beside it.
 import argparse
 import gc
 import json
+import math
 import os
 import platform
 import resource
@@ -46,7 +47,7 @@ from torch.utils.data import DataLoader, Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_tools.store import Store, open_store, write_split
-from spark_dist.blocks import empty_array
+from spark_dist.blocks import ALIGNMENT, empty_array
 from spark_dist.data import (
     ORIENTATIONS,
     Crop,
@@ -205,6 +206,10 @@ class MappedDataset(Dataset):
         arrays["window"] = empty_array((len(keys), 2), np.float32)
         arrays["window"][:] = WINDOW
         return {kind: torch.from_numpy(array) for kind, array in arrays.items()}
+
+    def bytes(self, n: int) -> int:
+        """What a batch takes, at most."""
+        return n * (math.prod(CROP.size) * 3 + 3 * ALIGNMENT)
 
 
 class NpzDataset(Dataset):

@@ -10,7 +10,7 @@ from typing import NoReturn
 from .errors import UserError
 from .layouts import LAYOUTS
 from .location import located
-from .report import case_row, cases_table, console, progress, window_text
+from .report import case_row, cases_table, console, folder_size, progress, window_text
 from .workers import cores
 
 DEFAULT_SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
@@ -304,11 +304,9 @@ def run_info(options: argparse.Namespace) -> int:
     for case in store.cases.values():
         table.add_row(*case_row(case), "{:g}…{:g}".format(*case.window))
     console.print(table)
-    size = sum(file.stat().st_size for file in options.store.rglob("*") if file.is_file())
     slices = sum(case.shape[0] for case in store.cases.values())
-    console.print(
-        f"{len(store.cases)} cases, {slices} slices, {size / 2**20:.1f} MiB, fingerprint {store.fingerprint()}"
-    )
+    size = folder_size(options.store)
+    console.print(f"{len(store.cases)} cases, {slices} slices, {size}, fingerprint {store.fingerprint()}")
     labels = ", ".join(f"{name}={'+'.join(map(str, values))}" for name, values in store.attributes["labels"].items())
     console.print(f"labels {labels}; {window_text(store.attributes['window'])}")
     for name, split in store.splits.items():

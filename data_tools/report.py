@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -64,6 +65,11 @@ def case_row(case: Case) -> list[str]:
 def bytes_text(count: float) -> str:
     """A number of bytes, for people."""
     return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.1f} GiB"
+
+
+def folder_size(folder: Path) -> str:
+    """The bytes of a folder's files, for people."""
+    return bytes_text(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
 
 
 def window_text(window: dict) -> str:

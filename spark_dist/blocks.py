@@ -15,19 +15,34 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import Tensor
 
-BLOCK_BYTES = 2**28
-"""Size of a block. Only the pages that are written to take memory."""
+from data_tools.errors import UserError
+from data_tools.location import first_line
+from data_tools.report import bytes_text
+
 ALIGNMENT = 64
+"""Bytes. Where an array begins is a multiple of it."""
 
 _outbox: "Outbox | None" = None
 """This process's, if it is a worker."""
 
 
-def shared_blocks(workers: int, number: int, size: int = BLOCK_BYTES) -> Tensor:
-    """(workers, number, size) uint8 in shared memory."""
-    # Not `share_memory_`, which writes to every page.
-    storage = torch.UntypedStorage._new_shared(workers * number * size)
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (workers, number, size))
+def shared_blocks(workers: int, number: int, size: int) -> Tensor:
+    """(workers, number, size) uint8 in shared memory. Raises `UserError` if that has no room for it."""
+    shape = (workers, number, aligned(size))
+    try:
+        # As torch's default_collate does it.
+        storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    except RuntimeError as error:
+        raise UserError(
+            f"shared memory has no room for {bytes_text(math.prod(shape))} of batches ({first_line(error)}); use fewer "
+            "--workers or a smaller --batch-size, or give the container more (docker run --shm-size)"
+        ) from None
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
+
+
+def aligned(size: int) -> int:
+    """A number of bytes, rounded up."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -59,7 +74,7 @@ class Outbox:
         begin, size = self.used, math.prod(shape) * dtype.itemsize
         if begin + size > self.blocks.shape[1]:
             return np.empty(shape, dtype)
-        self.used += -(-size // ALIGNMENT) * ALIGNMENT
+        self.used += aligned(size)
         return self.blocks[self.turn, begin : begin + size].numpy().view(dtype).reshape(shape)
 
     def pack(self, batch: Any) -> Parcel:

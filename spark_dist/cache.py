@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from data_tools.errors import UserError
 from data_tools.location import first_line, open_array
+from data_tools.report import folder_size
 from data_tools.store import open_store
 
 from .blocks import packed
@@ -116,7 +117,7 @@ def fill(job: Job, targets: TeacherTargets) -> None:
     targets.flush()
     accelerator.wait_for_everyone()
     left = int(cache.missing(keys).sum())
-    job.say(f"teacher cache {cache.folder}: {len(keys) - left} of {len(keys)} entries, {size_of(cache.folder)}")
+    job.say(f"teacher cache {cache.folder}: {len(keys) - left} of {len(keys)} entries, {folder_size(cache.folder)}")
     if left:
         raise UserError(
             f"{cache.folder}: {left} entries could not be written; make room and run the same command again"
@@ -171,7 +172,7 @@ def listing(root: Path) -> Table:
         crop = "×".join(map(str, about.get("crop", ["?"])))
         facts = (folder.name, teacher, about.get("method", "?"), data, crop, about.get("dtype", "?"))
         ages = (age(folder / "segments"), age(folder / "description.json"))
-        table.add_row(*map(str, facts), f"{count(folder):,}", size_of(folder), *ages)
+        table.add_row(*map(str, facts), f"{count(folder):,}", folder_size(folder), *ages)
     return table
 
 
@@ -180,7 +181,7 @@ def prune(root: Path, days: float) -> None:
     for folder in caches(root):
         file = folder / "description.json"
         if not file.exists() or time.time() - file.stat().st_mtime >= 86400 * days:
-            console.print(f"removed {folder} ({size_of(folder)})")
+            console.print(f"removed {folder} ({folder_size(folder)})")
             # What is no longer listed is no longer read.
             file.unlink(missing_ok=True)
             shutil.rmtree(folder)
@@ -213,12 +214,6 @@ def count(folder: Path) -> int:
         except (ValueError, OSError, UserError) as error:
             console.print(f"{path}: damaged ({first_line(error)})")
     return len(np.unique(np.concatenate(keys)))
-
-
-def size_of(folder: Path) -> str:
-    """Bytes of a folder's files, for people."""
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def age(path: Path) -> str:

@@ -7,6 +7,7 @@ uses the same keys.
 
 import hashlib
 import json
+import math
 import os
 import signal
 import time
@@ -33,7 +34,7 @@ from data_tools.shards import SliceReader
 from data_tools.store import TASKS, Store
 from data_tools.workers import cores, end_with_parent
 
-from .blocks import empty_array, open_outbox, packed, shared_blocks, unpacked
+from .blocks import aligned, empty_array, open_outbox, packed, shared_blocks, unpacked
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What asks a job to save its state and end."""
@@ -233,6 +234,15 @@ class SliceDataset(Dataset):
             "entries": cached(self.reader.each) if cached is not None else None,
         }
 
+    def bytes(self, n: int) -> int:
+        """What the arrays of a batch of n slices take, at most."""
+        dtype = np.result_type(*(self.table.store.cases[name].dtype for name in self.table.cases))
+        shapes = {"image": (self.crop.size, dtype), "label": (self.crop.size, np.uint8)}
+        shapes |= {"window": ((2,), np.float32), "keys": ((), np.int64)}
+        if self.cache is not None:
+            shapes |= self.cache.arrays()
+        return sum(aligned(n * math.prod(shape) * np.dtype(kind).itemsize) for shape, kind in shapes.values())
+
 
 def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     """The order in which an epoch visits n slices."""
@@ -292,6 +302,12 @@ class EpochSampler:
         self.epoch = 0
         self.start = 0
 
+    @property
+    def largest(self) -> int:
+        """The most slices that this process has at a time."""
+        part = math.ceil(math.ceil(self.n / self.steps) / self.accumulate)
+        return math.ceil(part / self.world)
+
     def __len__(self) -> int:
         return (self.steps - self.start) * self.accumulate
 
@@ -318,8 +334,9 @@ def training_loader(dataset: SliceDataset, sampler: EpochSampler, workers: int) 
     A batch is good until the next one is taken. Signals to stop are for the training process: what starts the workers
     blocks them, and the workers inherit that.
     """
-    blocks = shared_blocks(workers, blocks_in_use(workers)) if workers else None
+    blocks = None
     if workers:
+        blocks = shared_blocks(workers, blocks_in_use(workers), dataset.bytes(sampler.largest))
         # Imported once for all workers; this starts no threads.
         forkserver.set_forkserver_preload(["spark_dist.data"])
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from data_tools.errors import UserError
+from data_tools.report import bytes_text
 
 from .checkpoint import load_network, write_text
 from .cli import module_main
@@ -237,8 +238,8 @@ def weigh(job: Job, targets: TeacherTargets, cache: TeacherCache, epochs: range)
     live, cached = seen * forward, missing * forward + (seen - missing) * read
     job.say(
         f"teacher cache {cache.folder} ({'new' if missing == len(planned) else 'reuses it'}): "
-        f"{len(planned) - missing} of {len(planned)} entries there, {needed / 2**20:.0f} MiB to come before "
-        f"compression, {free / 2**30:.1f} GiB free; a slice takes {1000 * forward:.1f} ms by the teacher, "
+        f"{len(planned) - missing} of {len(planned)} entries there, {bytes_text(needed)} to come before "
+        f"compression, {bytes_text(free)} free; a slice takes {1000 * forward:.1f} ms by the teacher, "
         f"{1000 * read:.1f} ms to read: {cached / 60:.1f} instead of {live / 60:.1f} minutes in {len(epochs)} epochs"
     )
     if cache.dtype == "int8" or cache.canonical:

@@ -101,12 +101,13 @@ class TeacherCache:
         self.__dict__.update(state)
         self._forget()
 
+    def arrays(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """The arrays of an entry, with their shapes and number formats."""
+        return {name: (shape, numpy_dtype(kind)) for name, (shape, kind) in layout(self.shapes, self.dtype).items()}
+
     def stored(self, keys: np.ndarray) -> np.ndarray:
         """The keys of the entries that hold what samples with these keys need."""
         return keys // ORIENTATIONS * ORIENTATIONS if self.canonical else keys
-
-    def __contains__(self, key: int) -> bool:
-        return bool(self._segment[key] >= 0)
 
     def refresh(self) -> None:
         """Learn of segments that this or another process has completed."""
@@ -143,11 +144,11 @@ class TeacherCache:
         if (self._segment[stored] < 0).any():
             return lambda each=in_turn: Entries(None)
         places = [(self._names[s], int(r)) for s, r in zip(self._segment[stored], self._row[stored], strict=True)]
-        kinds = layout(self.shapes, self.dtype)
+        kinds = self.arrays()
         takes = [[self._fetch(segment, name, row) for name in kinds] for segment, row in places]
 
         def result(each: Callable = in_turn) -> Entries:
-            arrays = {n: empty_array((len(keys), *shape), numpy_dtype(kind)) for n, (shape, kind) in kinds.items()}
+            arrays = {name: empty_array((len(keys), *shape), kind) for name, (shape, kind) in kinds.items()}
             damaged = {}
 
             def take(n: int) -> None:

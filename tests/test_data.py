@@ -156,6 +156,7 @@ def test_workers_give_the_same_batches(table, workers):
             time.sleep(wait)
             for name in ("image", "label", "window", "keys"):
                 assert torch.equal(a[name], b[name]), (n, name)
+                assert b[name].untyped_storage().data_ptr() == loader.blocks.data_ptr(), "not handed over in a block"
             if n == end:
                 break
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from data_tools.store import open_store
-from spark_dist.data import ORIENTATIONS, Crop, SliceDataset, slice_table, to_device
+from spark_dist.data import ORIENTATIONS, Crop, EpochSampler, SliceDataset, slice_table, to_device, training_loader
 from spark_dist.distillers import DISTILLERS, build_distiller
 from spark_dist.entries import DTYPES, ROUNDING, as_tensor, decode, encode, entry_bytes, layout
 from spark_dist.networks import build_network
@@ -218,6 +218,24 @@ def test_canonical_targets_are_those_of_the_upright_slice_turned(tiny_store, tmp
         expected = turned(x, np.array([1, 3, 4, 6])) if x.ndim > 2 else x
         torch.testing.assert_close(first[name], expected, rtol=1e-4, atol=1e-5)
         assert torch.equal(first[name], second[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("memory", [0, 2**20])
+def test_a_worker_hands_over_entries_in_its_blocks(tiny_store, tmp_path, dtype, memory):
+    table = slice_table(open_store(tiny_store), "default", "train", "organ")
+    values = {"a": torch.randn(len(table), 3, 8, 5), "b": torch.randn(len(table), 20), "c": torch.randn(len(table))}
+    shapes = {name: x.shape[1:] for name, x in values.items()}
+    cache = TeacherCache(tmp_path, len(table) * ORIENTATIONS, shapes, dtype, memory=memory)
+    expected = cache.add(np.arange(len(table)) * ORIENTATIONS, values)
+    cache.flush()
+    loader = training_loader(SliceDataset(table, Crop((32, 32)), cache), EpochSampler(len(table), 5, 0, (0,)), 1)
+    for batch in loader:
+        targets = batch["entries"].arrays
+        for name, x in decode(targets).items():
+            assert torch.equal(x, expected[name][batch["keys"] // ORIENTATIONS])
+            assert targets[name].untyped_storage().data_ptr() == loader.blocks.data_ptr()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
