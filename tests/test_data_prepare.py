@@ -432,7 +432,16 @@ def start(source: Path, store: Path, workers: str, *more: str) -> subprocess.Pop
     patterns = ["--image-pattern", "{case}_ct.nii.gz", "--label-pattern", "{case}_seg.nii.gz", "--workers", workers]
     command = [sys.executable, "-m", "data_tools", "prepare", source, store, "--layout", "pairs", *LABELS, *patterns]
     pipe = subprocess.PIPE
-    return subprocess.Popen([*command, *more], cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    # A shell starts what runs in the background with Ctrl-C ignored, the tests' run perhaps.
+    return subprocess.Popen(
+        [*command, *more],
+        cwd=ROOT,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 @pytest.mark.parametrize("parts", [("--part 1/3", "--part 2/3", "--part 3/3"), ("", "--part 1/2", "")])
