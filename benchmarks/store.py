@@ -44,8 +44,6 @@ from matplotlib.figure import Figure
 from scipy.ndimage import gaussian_filter, zoom
 from torch.utils.data import DataLoader, Dataset
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from data_tools.store import Store, open_store, write_split
 from spark_dist.blocks import ALIGNMENT, empty_array
 from spark_dist.data import (
@@ -207,7 +205,7 @@ class MappedDataset(Dataset):
         arrays["window"][:] = WINDOW
         return {kind: torch.from_numpy(array) for kind, array in arrays.items()}
 
-    def bytes(self, n: int) -> int:
+    def batch_bytes(self, n: int) -> int:
         """What a batch takes, at most."""
         return n * (math.prod(CROP.size) * 3 + 3 * ALIGNMENT)
 

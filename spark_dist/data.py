@@ -234,7 +234,7 @@ class SliceDataset(Dataset):
             "entries": cached(self.reader.each) if cached is not None else None,
         }
 
-    def bytes(self, n: int) -> int:
+    def batch_bytes(self, n: int) -> int:
         """What the arrays of a batch of n slices take, at most."""
         dtype = np.result_type(*(self.table.store.cases[name].dtype for name in self.table.cases))
         shapes = {"image": (self.crop.size, dtype), "label": (self.crop.size, np.uint8)}
@@ -336,7 +336,7 @@ def training_loader(dataset: SliceDataset, sampler: EpochSampler, workers: int) 
     """
     blocks = None
     if workers:
-        blocks = shared_blocks(workers, blocks_in_use(workers), dataset.bytes(sampler.largest))
+        blocks = shared_blocks(workers, blocks_in_use(workers), dataset.batch_bytes(sampler.largest))
         # Imported once for all workers; this starts no threads.
         forkserver.set_forkserver_preload(["spark_dist.data"])
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)

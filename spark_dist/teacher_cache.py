@@ -135,14 +135,14 @@ class TeacherCache:
         It may be given a function that does work(0) … work(n − 1), as in `data.VoxelReader.each`, to decode them.
         """
         if self.idle:
-            return lambda each=in_turn: Entries(None)
+            return no_entries
         if self._process != os.getpid():
             self._forget()
         stored = self.stored(keys)
         if (self._segment[stored] < 0).any():
             self.refresh()
         if (self._segment[stored] < 0).any():
-            return lambda each=in_turn: Entries(None)
+            return no_entries
         places = [(self._names[s], int(r)) for s, r in zip(self._segment[stored], self._row[stored], strict=True)]
         kinds = self.arrays()
         takes = [[self._fetch(segment, name, row) for name in kinds] for segment, row in places]
@@ -224,6 +224,11 @@ class TeacherCache:
         """How many entries can be read."""
         self.refresh()
         return int((self._segment >= 0).sum())
+
+
+def no_entries(each: Callable | None = None) -> Entries:
+    """What is read where nothing, or not all, is there."""
+    return Entries(None)
 
 
 def in_turn(work: Callable[[int], None], count: int) -> None:
