@@ -199,33 +199,35 @@ def run_phantom(options: argparse.Namespace) -> int:
 
 
 def run_prepare(options: argparse.Namespace) -> int:
-    from . import prepare
+    from . import options as settings
+    from .layouts import choose, find_sources
+    from .prepare import prepare
 
     patterns = (options.image_pattern, options.label_pattern)
     if options.layout != "pairs" and any(patterns):
         raise UserError(f"--image-pattern and --label-pattern belong to --layout pairs, not {options.layout}")
     if options.labels is None and not options.unlabelled:
         raise UserError("--labels: say which values of the label files are what, like organ=1,tumour=2")
-    part = prepare.parse_part(options.part)
-    settings = prepare.Options(
+    part = settings.parse_part(options.part)
+    made = settings.Options(
         store=options.store,
-        labels=prepare.parse_labels(options.labels) if options.labels is not None else {},
+        labels=settings.parse_labels(options.labels) if options.labels is not None else {},
         other=options.other == "background",
-        window=prepare.parse_window(options.window, options.layout, options.input),
+        window=settings.parse_window(options.window, options.layout, options.input),
         channel=options.channel,
-        size=prepare.parse_size(options.size),
+        size=settings.parse_size(options.size),
         layout=options.layout,
         patterns=patterns if options.layout == "pairs" else None,
-        spacing=prepare.parse_spacing(options.spacing),
+        spacing=settings.parse_spacing(options.spacing),
     )
-    sources = prepare.find_sources(options.input, options.layout, patterns, options.channel, options.unlabelled)
-    sources = prepare.choose(sources, options.only, part)
+    sources = find_sources(options.input, options.layout, patterns, options.channel, options.unlabelled)
+    sources = choose(sources, options.only, part)
     workers = options.workers or cores()
     if options.dry_run:
         from .plan import plan
 
-        return 1 if plan(sources, settings, workers) else 0
-    return 1 if prepare.prepare(sources, settings, workers) else 0
+        return 1 if plan(sources, made, workers) else 0
+    return 1 if prepare(sources, made, workers) else 0
 
 
 def run_verify(options: argparse.Namespace) -> int:
@@ -276,7 +278,7 @@ def given_shares(given: dict[str, float]) -> dict[str, float]:
 
 
 def run_preview(options: argparse.Namespace) -> int:
-    from .prepare import named
+    from .layouts import named
     from .preview import preview
     from .store import open_store
 

@@ -3,11 +3,12 @@
 import glob
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
-from .errors import UserError
+from .errors import UserError, unknown_name
 
 
 @dataclass(frozen=True)
@@ -151,3 +152,49 @@ def nifti(path: Path) -> list[Path]:
 def stem(path: Path) -> str:
     """A file's name without its endings."""
     return re.sub(r"\.nii(\.gz)?$", "", path.name)
+
+
+def find_sources(
+    root: Path,
+    layout: str,
+    patterns: Sequence[str | None] | None = None,
+    channel: int | None = None,
+    unlabelled: bool = False,
+) -> list[Source]:
+    """The cases of a data set; volumes without a label too if `unlabelled`. Raises `UserError` if there is none."""
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder")
+    more = {"pairs": patterns or (None, None), "nnunet": (channel,)}
+    sources = LAYOUTS[layout](root, *more.get(layout, ()))
+    if unlabelled:
+        sources = [s if s.label and s.label.is_file() else replace(s, label=None) for s in sources]
+    else:
+        sources = [source for source in sources if source.label]
+    if not sources:
+        raise UserError(f"{root}: no case in layout {layout} ({' '.join(LAYOUTS[layout].__doc__.split())})")
+    return sources
+
+
+def choose(sources: Sequence[Source], only: str | None, part: tuple[int, int] | None) -> list[Source]:
+    """The sources of the cases `only` names (separated by commas, * and ? allowed), and of these part k of n.
+
+    Raises `UserError` for a name that is no case's.
+    """
+    names = named({source.case for source in sources}, only)
+    if part is not None:
+        names = names[part[0] - 1 :: part[1]]
+    return [source for source in sources if source.case in set(names)]
+
+
+def named(cases: Iterable[str], only: str | None) -> list[str]:
+    """The cases that `only` names, sorted; all if it is None. Raises `UserError` for a name that is no case's."""
+    names = sorted(cases)
+    if only is None:
+        return names
+    chosen = set()
+    for pattern in filter(None, (pattern.strip() for pattern in only.split(","))):
+        matching = [name for name in names if fnmatchcase(name, pattern)]
+        if not matching:
+            raise UserError(f"--only {only}: {unknown_name('case', pattern, names)}")
+        chosen.update(matching)
+    return sorted(chosen)

@@ -22,13 +22,16 @@ from rich import box
 from rich.table import Table
 from zarr.storage import MemoryStore
 
+from .arrays import write_arrays
 from .errors import UserError
 from .layouts import Source
 from .location import is_local
-from .prepare import Options, check_files, convert, is_there, read_headers, reason, separate_doubles, source_hashes
+from .nifti import Header
+from .options import Options
+from .prepare import check_files, convert, is_there, read_headers, reason, separate_doubles, source_hashes
 from .report import bytes_text, console, progress, window_text
-from .store import check_name, check_store, read_case, write_arrays
-from .volumes import Header, resized_affine
+from .store import check_name, check_store, read_case
+from .volumes import resized_affine
 
 SAMPLES = 3
 """How many cases are tried as the sample, if the voxels of the first can't be stored."""

@@ -2,76 +2,33 @@
 
 import errno
 import fcntl
-import math
-import multiprocessing
-import signal
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import zarr
 
-from .errors import UserError, unknown_name
-from .layouts import LAYOUTS, Source, modality
+from .errors import UserError
+from .layouts import Source
 from .location import is_local
+from .nifti import Header, read_header, read_voxels
+from .options import Options
+from .pool import results
 from .report import case_row, cases_table, console, progress, window_text
-from .store import create_store, read_attributes, read_case, write_case
+from .store import create_store, read_case, write_case
 from .volumes import (
-    Header,
     check_same_grid,
-    read_header,
-    read_voxels,
     resized,
     resized_affine,
     sha256,
     stored_image,
     stored_label,
 )
-from .workers import end_with_parent
-
-HU_WINDOWS = {"kits": (-200.0, 300.0), "lits": (-60.0, 140.0)}
-"""Hounsfield units that the original system maps to −1 and 1."""
-PERCENTILES = (0.5, 99.5)
-
-
-@dataclass(frozen=True)
-class Options:
-    """How volumes become a store."""
-
-    store: Path
-    labels: dict[str, list[int]]
-    other: bool
-    window: dict[str, Any]
-    channel: int | None = None
-    size: tuple[int, int] | None = None
-    """Rows and columns that all slices are resampled to."""
-    layout: str = "kits"
-    patterns: tuple[str, str] | None = None
-    """Images and labels in layout pairs."""
-    spacing: tuple[float, float, float] | None = None
-    """mm along a file's axes, for files that do not know theirs."""
-
-    def facts(self) -> dict[str, Any]:
-        """What a store remembers of them: all cases of a store are made alike."""
-        facts = {"labels": self.labels, "other": self.other, "window": self.window, "layout": self.layout}
-        further = {"channel": self.channel, "size": self.size, "patterns": self.patterns}
-        return facts | {key: value for key, value in further.items() if value is not None}
-
-
-def options_of(store: Path) -> Options:
-    """The options that a store was made with. Raises `UserError`."""
-    facts = read_attributes(store)
-    return Options(store, **{field.name: facts[field.name] for field in fields(Options) if field.name in facts})
 
 
 class Result(NamedTuple):
@@ -82,122 +39,6 @@ class Result(NamedTuple):
     """prepared, unchanged or failed."""
     note: str = ""
     """Why it failed, or what somebody should know about it."""
-
-
-def parse_labels(text: str) -> dict[str, list[int]]:
-    """`organ=1+3,tumour=2` to the source values of each. Raises `UserError`."""
-    mapping: dict[str, list[int]] = {}
-    for part in text.split(","):
-        name, _, values = part.partition("=")
-        try:
-            numbers = [int(value) for value in values.split("+")]
-        except ValueError:
-            numbers = []
-        if name.strip() not in ("organ", "tumour") or not numbers or name.strip() in mapping or 0 in numbers:
-            raise UserError(f"--labels {text}: write it like organ=1,tumour=2 or organ=1+3 (0 is background)")
-        mapping[name.strip()] = numbers
-    repeated = [v for v, n in Counter(v for group in mapping.values() for v in group).items() if n > 1]
-    if repeated or "organ" not in mapping:
-        raise UserError(f"--labels {text}: each value once, and organ at least")
-    return mapping
-
-
-def parse_window(text: str | None, layout: str, root: Path) -> dict[str, Any]:
-    """`LOW,HIGH` or `percentile`; without it the layout's own, percentiles for MR. Raises `UserError`."""
-    if text is None:
-        low, high = HU_WINDOWS.get(layout, HU_WINDOWS["kits"])
-        text = "percentile" if "MR" in modality(root, layout).upper() else f"{low},{high}"
-    if text == "percentile":
-        return {"kind": "percentile", "low": PERCENTILES[0], "high": PERCENTILES[1]}
-    try:
-        low, high = (float(value) for value in text.split(","))
-    except ValueError:
-        low = high = 0.0
-    if not -math.inf < low < high < math.inf:
-        raise UserError(f"--window {text}: write LOW,HIGH (for instance -200,300) or percentile")
-    return {"kind": "fixed", "low": low, "high": high}
-
-
-def parse_size(text: str | None) -> tuple[int, int] | None:
-    """`512` or `512,384` (rows, columns). Raises `UserError`."""
-    if text is None:
-        return None
-    try:
-        numbers = [int(number) for number in text.split(",")]
-    except ValueError:
-        numbers = []
-    if len(numbers) not in (1, 2) or not all(0 < number < 2**15 for number in numbers):
-        raise UserError(f"--size {text}: write 512, or ROWS,COLUMNS")
-    return numbers[0], numbers[-1]
-
-
-def parse_spacing(text: str | None) -> tuple[float, float, float] | None:
-    """`0.7,0.7,2.5`, mm along the three axes of a file. Raises `UserError`."""
-    if text is None:
-        return None
-    try:
-        numbers = tuple(float(number) for number in text.split(","))
-    except ValueError:
-        numbers = ()
-    if len(numbers) != 3 or not all(0 < number < 1e3 for number in numbers):
-        raise UserError(f"--spacing {text}: write three lengths in mm, along the file's axes, like 0.7,0.7,2.5")
-    return numbers
-
-
-def parse_part(text: str | None) -> tuple[int, int] | None:
-    """`3/8` to (3, 8). Raises `UserError`."""
-    if text is None:
-        return None
-    numbers = [int(number) if number.isdecimal() else 0 for number in text.split("/")]
-    if len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1]:
-        raise UserError(f"--part {text}: write K/N with K from 1 to N, like 1/8 … 8/8")
-    return numbers[0], numbers[1]
-
-
-def find_sources(
-    root: Path,
-    layout: str,
-    patterns: Sequence[str | None] | None = None,
-    channel: int | None = None,
-    unlabelled: bool = False,
-) -> list[Source]:
-    """The cases of a data set; volumes without a label too if `unlabelled`. Raises `UserError` if there is none."""
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder")
-    more = {"pairs": patterns or (None, None), "nnunet": (channel,)}
-    sources = LAYOUTS[layout](root, *more.get(layout, ()))
-    if unlabelled:
-        sources = [s if s.label and s.label.is_file() else replace(s, label=None) for s in sources]
-    else:
-        sources = [source for source in sources if source.label]
-    if not sources:
-        raise UserError(f"{root}: no case in layout {layout} ({' '.join(LAYOUTS[layout].__doc__.split())})")
-    return sources
-
-
-def choose(sources: Sequence[Source], only: str | None, part: tuple[int, int] | None) -> list[Source]:
-    """The sources of the cases `only` names (separated by commas, * and ? allowed), and of these part k of n.
-
-    Raises `UserError` for a name that is no case's.
-    """
-    names = named({source.case for source in sources}, only)
-    if part is not None:
-        names = names[part[0] - 1 :: part[1]]
-    return [source for source in sources if source.case in set(names)]
-
-
-def named(cases: Iterable[str], only: str | None) -> list[str]:
-    """The cases that `only` names, sorted; all if it is None. Raises `UserError` for a name that is no case's."""
-    names = sorted(cases)
-    if only is None:
-        return names
-    chosen = set()
-    for pattern in filter(None, (pattern.strip() for pattern in only.split(","))):
-        matching = [name for name in names if fnmatchcase(name, pattern)]
-        if not matching:
-            raise UserError(f"--only {only}: {unknown_name('case', pattern, names)}")
-        chosen.update(matching)
-    return sorted(chosen)
 
 
 def prepare(sources: Sequence[Source], options: Options, workers: int) -> int:
@@ -252,41 +93,9 @@ def case_lock(store: Path, case: str) -> Iterator[None]:
         yield
 
 
-def results(
-    work: Callable[[Any], Result], jobs: Sequence[Any], workers: int, lost: Callable[[Any, str], Result]
-) -> Iterator[Result]:
-    """The result of `work` on each job as it is done, one job at a time in each of `workers` processes.
-
-    A job that was not done, as a process was killed, has the result of `lost`, which is given the reason.
-    """
-    workers = min(workers, len(jobs))
-    if workers <= 1:
-        yield from map(work, jobs)
-        return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=start_worker)
-    try:
-        # Workers start here, and inherit that Ctrl-C is left to the main process, even while they still import.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        futures = {pool.submit(work, job): job for job in jobs}
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        for future in as_completed(futures):
-            try:
-                yield future.result()
-            except BrokenProcessPool:
-                yield lost(futures[future], "as a worker process was killed (out of memory?); use fewer --workers")
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def lost_source(source: Source, reason: str) -> Result:
     """A case that was not prepared."""
     return Result(source.case, "failed", f"{source.image}: not done, {reason}")
-
-
-def start_worker() -> None:
-    """End when the main process ends, and use one thread."""
-    zarr.config.set({"threading.max_workers": 1})
-    end_with_parent()
 
 
 def prepare_case(options: Options, source: Source, force: bool = False) -> Result:

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from .arrays import LABELS, SHARD_SLICES
 from .location import finished, open_array
 from .report import progress
 from .split import PARTS
-from .store import LABELS, SHARD_SLICES, TASKS, Case, Store
+from .store import TASKS, Case, Store
 
 COLOURS = {"organ": "#35c2b0", "tumour": "#ff6a4d"}
 SHEET = "sheets/{}.png"

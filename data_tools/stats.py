@@ -10,10 +10,11 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from rich import box
 from rich.table import Table
 
+from .arrays import LABELS
 from .location import finished, open_array
 from .report import console, progress
 from .split import PARTS
-from .store import LABELS, TASKS, Case, Store
+from .store import TASKS, Case, Store
 
 COLOURS = {"background": "#9aa3ad", "organ": "#159f8e", "tumour": "#e2502f"}
 SLICES_PER_CASE = 32

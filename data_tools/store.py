@@ -26,19 +26,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import zarr
-from zarr.codecs import BloscCodec, Crc32cCodec
 
+from .arrays import LABELS, write_arrays
 from .errors import UserError, unknown_name
 from .location import exists, is_local, located, remove, zarr_place
+from .sealed import is_sealed, read_json, read_sealed, write_sealed
 
 FORMAT = "spark-dist slice store"
 VERSION = 2
 AXES = ("I", "P", "L")
-LABELS = ("background", "organ", "tumour")
-SHARD_SLICES = 64
 
 NAME = re.compile(r"\w[\w .+=@-]*")
 """Names of cases and splits: they are folders of the store."""
@@ -166,7 +164,7 @@ def _root_facts(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_root(path: Path, attributes: Mapping[str, Any]) -> None:
     for group in (path / "splits", path / "cases", path):
-        _write_sealed(zarr.create_group(zarr_place(group)), group, attributes)
+        write_sealed(zarr.create_group(zarr_place(group)), group, attributes)
 
 
 def write_case(
@@ -185,94 +183,10 @@ def write_case(
         folder = located(path) / "cases" / name
         group = zarr.create_group(zarr_place(folder))
         counts = write_arrays(group, image, label)
-        _write_sealed(group, folder, {**attributes, "label_counts": counts})
+        write_sealed(group, folder, {**attributes, "label_counts": counts})
     except BaseException:
         delete_case(path, name)
         raise
-
-
-def write_arrays(group: zarr.Group, image: np.ndarray, label: np.ndarray | None) -> list[list[int]]:
-    """The arrays of a case (see `write_case`). Returns the label counts, [] without labels."""
-    _write_array(group, "image", image, count=False)
-    return [] if label is None else _write_array(group, "label", label)
-
-
-def _write_array(group: zarr.Group, key: str, voxels: np.ndarray, count: bool = True) -> list[list[int]]:
-    """An array of slices, shard by shard: of `voxels` in another order of axes there is never a second copy.
-
-    Returns how many voxels of each label the slices have, if it shall `count` them.
-    """
-    array = group.create_array(
-        key,
-        shape=voxels.shape,
-        dtype=voxels.dtype,
-        chunks=(1, *voxels.shape[1:]),
-        shards=(min(SHARD_SLICES, len(voxels)), *voxels.shape[1:]),
-        compressors=[
-            BloscCodec(typesize=voxels.dtype.itemsize, cname="lz4", clevel=5, shuffle=shuffle_of(voxels)),
-            Crc32cCodec(),
-        ],
-        config={"write_empty_chunks": True},
-        dimension_names=("slice", "row", "column"),
-    )
-    counts = []
-    for start in range(0, len(voxels), SHARD_SLICES):
-        block = in_rows(voxels[start : start + SHARD_SLICES])
-        array[start : start + SHARD_SLICES] = block
-        if count:
-            counts += [[int(np.count_nonzero(image == label)) for label in range(len(LABELS))] for image in block]
-    return counts
-
-
-def in_rows(voxels: np.ndarray) -> np.ndarray:
-    """Slices (Z, H, W) with their rows in order in memory; turned ones plane by plane, where OpenCV is fastest."""
-    fastest = int(np.argmin(np.abs(voxels.strides)))
-    if fastest == 2:
-        return np.ascontiguousarray(voxels)
-    turned = np.empty(voxels.shape, voxels.dtype)
-    # OpenCV would copy what is stored backwards.
-    forward = tuple(slice(None, None, -1 if stride < 0 else 1) for stride in voxels.strides)
-    planes = (np.moveaxis(x[forward], 1 - fastest, 0) for x in (voxels, turned))
-    for plane, target in zip(*planes, strict=True):
-        target[...] = cv2.transpose(plane.T)
-    return turned
-
-
-def shuffle_of(voxels: np.ndarray) -> str:
-    """How slices (Z, H, W) are shuffled before lz4.
-
-    A CT's bits take a tenth less than its bytes. Only multiples of eight voxels can be shuffled by bits; and labels
-    become no smaller by any shuffle, and decode ten times as fast without.
-    """
-    if voxels.dtype.itemsize == 1:
-        return "noshuffle"
-    return "bitshuffle" if voxels[0].size % 8 == 0 else "shuffle"
-
-
-def _write_sealed(group: zarr.Group, folder: Path, attributes: Mapping[str, Any]) -> None:
-    """The attributes of a group at `folder`, with the checksum over all metadata."""
-    facts = json.loads(json.dumps(dict(attributes)))
-    document = _read_json(folder / "zarr.json") | {"attributes": facts}
-    group.update_attributes({**facts, "checksum": _checksum(document, folder)})
-
-
-def _checksum(document: Mapping[str, Any], folder: Path) -> str:
-    """A hash of a group's metadata without its own checksum, and that of the arrays in it."""
-    facts = {key: value for key, value in document["attributes"].items() if key != "checksum"}
-    arrays = [_read_json(folder / key / "zarr.json") for key in ("image", "label") if (folder / key).exists()]
-    whole = json.dumps([{**document, "attributes": facts}, *arrays], sort_keys=True)
-    return hashlib.sha256(whole.encode()).hexdigest()
-
-
-def read_sealed(folder: Path) -> dict[str, Any]:
-    """The attributes of the group at `folder`; {} if they are not written yet. Raises `UserError` if it is damaged."""
-    document = _read_json(folder / "zarr.json")
-    facts = document.get("attributes") if isinstance(document, dict) else None
-    if facts == {}:
-        return facts
-    if not isinstance(facts, dict) or facts.pop("checksum", None) != _checksum(document, folder):
-        raise damaged(folder / "zarr.json", "not what was written")
-    return facts
 
 
 def check_groups(path: Path, repair: bool) -> dict[str, str]:
@@ -288,7 +202,7 @@ def check_groups(path: Path, repair: bool) -> dict[str, str]:
     alike += [(folder, folder / "copy") for folder in sorted(path.glob("splits/*")) if folder.is_dir()]
     problems = {}
     for folders in alike:
-        sound = [folder for folder in folders if _is_sealed(folder)]
+        sound = [folder for folder in folders if is_sealed(folder)]
         for file in (folder / "zarr.json" for folder in folders if folder not in sound):
             problems[str(file)] = "damaged" if sound else "damaged, and so are its copies; make a new one"
             if repair and sound:
@@ -296,13 +210,6 @@ def check_groups(path: Path, repair: bool) -> dict[str, str]:
                 file.write_bytes((sound[0] / "zarr.json").read_bytes())
                 problems[str(file)] = "damaged, and restored from its copy"
     return problems
-
-
-def _is_sealed(folder: Path) -> bool:
-    try:
-        return bool(read_sealed(folder))
-    except UserError:
-        return False
 
 
 def delete_case(path: Path, name: str) -> None:
@@ -330,7 +237,7 @@ def write_splits(path: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
         remove(splits / name)
         groups = {folder: zarr.create_group(zarr_place(folder)) for folder in (splits / name, splits / name / "copy")}
         for folder, group in groups.items():
-            _write_sealed(group, folder, record)
+            write_sealed(group, folder, record)
 
 
 def check_name(kind: str, name: str) -> None:
@@ -368,7 +275,7 @@ def read_case(path: Path, name: str) -> Case | None:
         facts = {}  # It is not there, or somebody is preparing it again right now.
     if not facts:
         return None
-    array = _read_json(folder / "image" / "zarr.json")
+    array = read_json(folder / "image" / "zarr.json")
     return Case(
         name=folder.name,
         shape=tuple(array["shape"]),
@@ -398,20 +305,8 @@ def read_attributes(path: Path) -> dict[str, Any]:
 def _root_attributes(path: Path) -> dict[str, Any]:
     if not exists(path / "zarr.json"):
         raise UserError(f"{path}: no slice store here; make one with: spark-data prepare INPUT {path} --layout …")
-    document = _read_json(path / "zarr.json")
+    document = read_json(path / "zarr.json")
     attributes = document.get("attributes") if isinstance(document, dict) else None
     if not isinstance(attributes, dict) or attributes.get("format") != FORMAT:
         raise UserError(f"{path}: a Zarr group, but no slice store")
     return attributes
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise damaged(file, f"can't be read ({error})") from None
-
-
-def damaged(file: Path, reason: str) -> UserError:
-    """An error for a file of a store that is not as it was written."""
-    return UserError(f"{file}: {reason}; find all damage with spark-data verify, or prepare this case again")

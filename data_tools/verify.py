@@ -9,12 +9,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .arrays import LABELS, SHARD_SLICES
 from .errors import UserError
-from .layouts import Source
+from .layouts import Source, find_sources
 from .location import finished, open_array
-from .prepare import Options, Result, convert, find_sources, options_of, prepare_case, results, source_hashes
+from .options import Options, options_of
+from .pool import results
+from .prepare import Result, convert, prepare_case, source_hashes
 from .report import case_row, cases_table, console, progress
-from .store import LABELS, SHARD_SLICES, Case, check_groups, read_case
+from .store import Case, check_groups, read_case
 
 
 class Job(NamedTuple):

@@ -3,8 +3,16 @@ import json
 import pytest
 
 from data_tools.errors import UserError
-from data_tools.layouts import LAYOUTS, find_kits, find_lits, find_msd, find_nnunet, find_pairs, modality
-from data_tools.prepare import find_sources
+from data_tools.layouts import (
+    LAYOUTS,
+    find_kits,
+    find_lits,
+    find_msd,
+    find_nnunet,
+    find_pairs,
+    find_sources,
+    modality,
+)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from nifti_cases import AFFINE, all_files, at_world_places, read, rewrite_json, 
 
 from data_tools.cli import main
 from data_tools.errors import UserError
-from data_tools.prepare import parse_labels, parse_window
+from data_tools.options import parse_labels, parse_window
 from data_tools.store import open_store
 
 LABELS = ("--labels", "organ=1,tumour=2")

@@ -13,9 +13,11 @@ from scipy.spatial.transform import Rotation
 from data_tools.errors import UserError
 from data_tools.export import export
 from data_tools.layouts import Source
-from data_tools.prepare import Options, prepare_case
+from data_tools.nifti import read_header, read_voxels
+from data_tools.options import Options
+from data_tools.prepare import prepare_case
 from data_tools.store import AXES, create_store, open_store
-from data_tools.volumes import read_header, read_voxels, stored_image, stored_label, to_source_grid
+from data_tools.volumes import stored_image, stored_label, to_source_grid
 
 HERE = Path("there.nii.gz")
 

@@ -1,0 +1,115 @@
+"""How volumes become a store, and how that is written on a command line."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .layouts import modality
+from .store import read_attributes
+
+HU_WINDOWS = {"kits": (-200.0, 300.0), "lits": (-60.0, 140.0)}
+"""Hounsfield units that the original system maps to −1 and 1."""
+PERCENTILES = (0.5, 99.5)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How volumes become a store."""
+
+    store: Path
+    labels: dict[str, list[int]]
+    other: bool
+    window: dict[str, Any]
+    channel: int | None = None
+    size: tuple[int, int] | None = None
+    """Rows and columns that all slices are resampled to."""
+    layout: str = "kits"
+    patterns: tuple[str, str] | None = None
+    """Images and labels in layout pairs."""
+    spacing: tuple[float, float, float] | None = None
+    """mm along a file's axes, for files that do not know theirs."""
+
+    def facts(self) -> dict[str, Any]:
+        """What a store remembers of them: all cases of a store are made alike."""
+        facts = {"labels": self.labels, "other": self.other, "window": self.window, "layout": self.layout}
+        further = {"channel": self.channel, "size": self.size, "patterns": self.patterns}
+        return facts | {key: value for key, value in further.items() if value is not None}
+
+
+def options_of(store: Path) -> Options:
+    """The options that a store was made with. Raises `UserError`."""
+    facts = read_attributes(store)
+    return Options(store, **{field.name: facts[field.name] for field in fields(Options) if field.name in facts})
+
+
+def parse_labels(text: str) -> dict[str, list[int]]:
+    """`organ=1+3,tumour=2` to the source values of each. Raises `UserError`."""
+    mapping: dict[str, list[int]] = {}
+    for part in text.split(","):
+        name, _, values = part.partition("=")
+        try:
+            numbers = [int(value) for value in values.split("+")]
+        except ValueError:
+            numbers = []
+        if name.strip() not in ("organ", "tumour") or not numbers or name.strip() in mapping or 0 in numbers:
+            raise UserError(f"--labels {text}: write it like organ=1,tumour=2 or organ=1+3 (0 is background)")
+        mapping[name.strip()] = numbers
+    repeated = [v for v, n in Counter(v for group in mapping.values() for v in group).items() if n > 1]
+    if repeated or "organ" not in mapping:
+        raise UserError(f"--labels {text}: each value once, and organ at least")
+    return mapping
+
+
+def parse_window(text: str | None, layout: str, root: Path) -> dict[str, Any]:
+    """`LOW,HIGH` or `percentile`; without it the layout's own, percentiles for MR. Raises `UserError`."""
+    if text is None:
+        low, high = HU_WINDOWS.get(layout, HU_WINDOWS["kits"])
+        text = "percentile" if "MR" in modality(root, layout).upper() else f"{low},{high}"
+    if text == "percentile":
+        return {"kind": "percentile", "low": PERCENTILES[0], "high": PERCENTILES[1]}
+    try:
+        low, high = (float(value) for value in text.split(","))
+    except ValueError:
+        low = high = 0.0
+    if not -math.inf < low < high < math.inf:
+        raise UserError(f"--window {text}: write LOW,HIGH (for instance -200,300) or percentile")
+    return {"kind": "fixed", "low": low, "high": high}
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """`512` or `512,384` (rows, columns). Raises `UserError`."""
+    if text is None:
+        return None
+    try:
+        numbers = [int(number) for number in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2) or not all(0 < number < 2**15 for number in numbers):
+        raise UserError(f"--size {text}: write 512, or ROWS,COLUMNS")
+    return numbers[0], numbers[-1]
+
+
+def parse_spacing(text: str | None) -> tuple[float, float, float] | None:
+    """`0.7,0.7,2.5`, mm along the three axes of a file. Raises `UserError`."""
+    if text is None:
+        return None
+    try:
+        numbers = tuple(float(number) for number in text.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) != 3 or not all(0 < number < 1e3 for number in numbers):
+        raise UserError(f"--spacing {text}: write three lengths in mm, along the file's axes, like 0.7,0.7,2.5")
+    return numbers
+
+
+def parse_part(text: str | None) -> tuple[int, int] | None:
+    """`3/8` to (3, 8). Raises `UserError`."""
+    if text is None:
+        return None
+    numbers = [int(number) if number.isdecimal() else 0 for number in text.split("/")]
+    if len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1]:
+        raise UserError(f"--part {text}: write K/N with K from 1 to N, like 1/8 … 8/8")
+    return numbers[0], numbers[1]

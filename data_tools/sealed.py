@@ -1,0 +1,56 @@
+"""Metadata of a store's groups, with a checksum, so that no byte of them can change unseen."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import zarr
+
+from .errors import UserError
+
+
+def write_sealed(group: zarr.Group, folder: Path, attributes: Mapping[str, Any]) -> None:
+    """The attributes of a group at `folder`, with the checksum over all metadata."""
+    facts = json.loads(json.dumps(dict(attributes)))
+    document = read_json(folder / "zarr.json") | {"attributes": facts}
+    group.update_attributes({**facts, "checksum": _checksum(document, folder)})
+
+
+def _checksum(document: Mapping[str, Any], folder: Path) -> str:
+    """A hash of a group's metadata without its own checksum, and that of the arrays in it."""
+    facts = {key: value for key, value in document["attributes"].items() if key != "checksum"}
+    arrays = [read_json(folder / key / "zarr.json") for key in ("image", "label") if (folder / key).exists()]
+    whole = json.dumps([{**document, "attributes": facts}, *arrays], sort_keys=True)
+    return hashlib.sha256(whole.encode()).hexdigest()
+
+
+def read_sealed(folder: Path) -> dict[str, Any]:
+    """The attributes of the group at `folder`; {} if they are not written yet. Raises `UserError` if it is damaged."""
+    document = read_json(folder / "zarr.json")
+    facts = document.get("attributes") if isinstance(document, dict) else None
+    if facts == {}:
+        return facts
+    if not isinstance(facts, dict) or facts.pop("checksum", None) != _checksum(document, folder):
+        raise damaged(folder / "zarr.json", "not what was written")
+    return facts
+
+
+def is_sealed(folder: Path) -> bool:
+    try:
+        return bool(read_sealed(folder))
+    except UserError:
+        return False
+
+
+def read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise damaged(file, f"can't be read ({error})") from None
+
+
+def damaged(file: Path, reason: str) -> UserError:
+    """An error for a file of a store that is not as it was written."""
+    return UserError(f"{file}: {reason}; find all damage with spark-data verify, or prepare this case again")
