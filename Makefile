@@ -11,9 +11,10 @@ quickstart: $(INSTALLED)  ## the main job on synthetic CT, in a few minutes on t
 test: $(INSTALLED)  ## all tests
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
 
-lint: $(INSTALLED)  ## ruff, as CI runs it
+lint: $(INSTALLED)  ## ruff and the rooms' contract, as CI runs them
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 bench: $(INSTALLED)  ## speed and memory, as ratios measured in one run
 	$(BIN)/python -m pip install --quiet -e ".[bench]"

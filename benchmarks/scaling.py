@@ -21,8 +21,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from spark_dist.distributed import DDP
 from spark_dist.networks import build_network
+from spark_dist.training.distributed import DDP
 
 TARGET = 0.9
 KEEP = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**30)}

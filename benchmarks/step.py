@@ -30,12 +30,15 @@ import torch
 
 from benchmarks.plain_spark import PlainSPARK, TeacherMapsSPARK, plain_levels
 from data_tools.store import create_store, open_store, write_case, write_split
-from spark_dist.data import ORIENTATIONS, Crop, SliceDataset, slice_table, to_device
-from spark_dist.distillation import Distillation
+from spark_dist.data.batches import SliceDataset, to_device
+from spark_dist.data.slices import slice_table
+from spark_dist.data.views import ORIENTATIONS, Crop
 from spark_dist.distillers import build_distiller
 from spark_dist.distillers.plain import Plain
 from spark_dist.networks import NetworkOutput, build_network
-from spark_dist.teacher_cache import TeacherTargets, open_cache, probe_targets
+from spark_dist.teacher.fingerprint import open_cache, probe_targets
+from spark_dist.teacher.targets import TeacherTargets
+from spark_dist.training.distillation import Distillation
 
 METHODS = ("spark", "kd", "at", "emkd")
 TARGETS = {"spark, cache": 1.25, "kd, cache": 1.10, "at, cache": 1.10, "emkd, cache": 1.10}

@@ -45,18 +45,12 @@ from scipy.ndimage import gaussian_filter, zoom
 from torch.utils.data import DataLoader, Dataset
 
 from data_tools.store import Store, open_store, write_split
-from spark_dist.blocks import ALIGNMENT, empty_array
-from spark_dist.data import (
-    ORIENTATIONS,
-    Crop,
-    EpochSampler,
-    SliceDataset,
-    SliceTable,
-    orient,
-    slice_table,
-    training_loader,
-    windowed,
-)
+from spark_dist.data.batches import SliceDataset, windowed
+from spark_dist.data.loader import training_loader
+from spark_dist.data.order import EpochSampler
+from spark_dist.data.shared_memory import ALIGNMENT, empty_array
+from spark_dist.data.slices import SliceTable, slice_table
+from spark_dist.data.views import ORIENTATIONS, Crop, orient
 
 SHAPE = (64, 512, 512)
 DISTINCT = 4

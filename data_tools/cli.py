@@ -10,7 +10,8 @@ from typing import NoReturn
 from .errors import UserError
 from .layouts import LAYOUTS
 from .location import located
-from .report import case_row, cases_table, console, folder_size, progress, window_text
+from .progress import console, progress
+from .report import case_row, cases_table, folder_size, window_text
 from .workers import cores
 
 DEFAULT_SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}

@@ -16,3 +16,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known
     return UserError(f"there is no {kind} '{name}'; did you mean {', '.join(near)}?")
+
+
+class Interrupted(Exception):
+    """The job was told to stop and its state is saved."""

@@ -29,7 +29,8 @@ from .location import is_local
 from .nifti import Header
 from .options import Options
 from .prepare import check_files, convert, is_there, read_headers, reason, separate_doubles, source_hashes
-from .report import bytes_text, console, progress, window_text
+from .progress import console, progress
+from .report import bytes_text, window_text
 from .store import check_name, check_store, read_case
 from .volumes import resized_affine
 

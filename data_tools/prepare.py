@@ -19,7 +19,8 @@ from .location import is_local
 from .nifti import Header, read_header, read_voxels
 from .options import Options
 from .pool import results
-from .report import case_row, cases_table, console, progress, window_text
+from .progress import console, progress
+from .report import case_row, cases_table, window_text
 from .store import create_store, read_case, write_case
 from .volumes import (
     check_same_grid,

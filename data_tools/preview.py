@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from .arrays import LABELS, SHARD_SLICES
 from .location import finished, open_array
-from .report import progress
+from .progress import progress
 from .split import PARTS
 from .store import TASKS, Case, Store
 

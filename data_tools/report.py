@@ -1,43 +1,12 @@
-"""What people see: one console, the tables of cases, and the progress bar."""
+"""What people read of cases: tables, sizes."""
 
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
-from rich.text import Text
 
 from .store import Case
-
-# Written to a file, a table is as wide as it needs to be.
-console = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
-
-
-class RateColumn(ProgressColumn):
-    """Cases per minute."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{60 * speed:.0f} cases/min")
-
-
-def progress(total: int, what: str) -> Progress:
-    """A bar of `total` cases with rate and time left; advance its task 0."""
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), RateColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=console, transient=True)
-    bar.add_task(what, total=total)
-    return bar
 
 
 def cases_table(title: str, columns: Iterable[str] = ()) -> Table:

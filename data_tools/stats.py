@@ -12,7 +12,7 @@ from rich.table import Table
 
 from .arrays import LABELS
 from .location import finished, open_array
-from .report import console, progress
+from .progress import console, progress
 from .split import PARTS
 from .store import TASKS, Case, Store
 

@@ -16,7 +16,8 @@ from .location import finished, open_array
 from .options import Options, options_of
 from .pool import results
 from .prepare import Result, convert, prepare_case, source_hashes
-from .report import case_row, cases_table, console, progress
+from .progress import console, progress
+from .report import case_row, cases_table
 from .store import Case, check_groups, read_case
 
 

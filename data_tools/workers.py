@@ -2,7 +2,11 @@
 
 import multiprocessing
 import os
+import signal
 import threading
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What asks a job to save its state and end."""
 
 
 def cores() -> int:

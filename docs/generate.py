@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from spark_dist.data.number_formats import entry_bytes
 from spark_dist.distillers import DISTILLERS, build_distiller, distiller_settings
-from spark_dist.entries import entry_bytes
 from spark_dist.networks import NETWORKS, build_network
-from spark_dist.teacher_cache import probe_targets
+from spark_dist.teacher.fingerprint import probe_targets
 
 CROP = (384, 384)
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
+from spark_dist.data.number_formats import entry_bytes
 from spark_dist.distillers import build_distiller
-from spark_dist.entries import entry_bytes
 from spark_dist.networks import build_network
-from spark_dist.teacher_cache import probe_targets
+from spark_dist.teacher.fingerprint import probe_targets
 
 GPUS = (8, 64, 512)
 VOLUMES, SLICES = 10_000, 3_000_000

@@ -18,20 +18,23 @@ from torch.utils.data import DataLoader
 
 from data_tools.errors import UserError
 from data_tools.location import first_line, open_array
+from data_tools.progress import console, progress_bar
 from data_tools.report import folder_size
 from data_tools.store import open_store
+from spark_dist.data.batches import SliceDataset, to_device
+from spark_dist.data.loader import Ahead
+from spark_dist.data.number_formats import ROUNDING, as_tensor, decode, encode
+from spark_dist.data.order import visited
+from spark_dist.data.shared_memory import packed
+from spark_dist.teacher.targets import TeacherTargets
+from spark_dist.training.checks import check, check_network
+from spark_dist.training.distributed import make_accelerator, shut_down
+from spark_dist.training.frozen_teacher import frozen_teacher, matching_cache
+from spark_dist.training.job import Job
+from spark_dist.training.tracking import null_tracker
 
-from .blocks import packed
 from .cli import module_main
 from .config import DistillOptions
-from .data import Ahead, SliceDataset, to_device, visited
-from .distill import check, frozen_teacher, matching_cache
-from .distributed import make_accelerator, shut_down
-from .entries import ROUNDING, as_tensor, decode, encode
-from .job import Job, check_network
-from .progress import console, progress_bar
-from .teacher_cache import TeacherTargets
-from .tracking import null_tracker
 
 FLUSH_SECONDS = 60
 """How much work of each process is lost at most when it is killed."""

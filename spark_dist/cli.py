@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from data_tools.errors import UserError, unknown_name
+from data_tools.errors import Interrupted, UserError, unknown_name
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -30,10 +30,6 @@ COMMANDS = {
 
 REQUEUE = 75
 """Exit code of a job that was told to stop, saved its state and wants to be started again (EX_TEMPFAIL)."""
-
-
-class Interrupted(Exception):
-    """The job was told to stop and its state is saved."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,7 +66,7 @@ def command(module: str, argv: Sequence[str] | None = None, program: str | None 
         say_error(str(stop))
         return REQUEUE
     except Exception as error:
-        from .distributed import lost_contact
+        from spark_dist.training.distributed import lost_contact
 
         if not lost_contact(error):
             raise
@@ -84,7 +80,7 @@ def command(module: str, argv: Sequence[str] | None = None, program: str | None 
 
 def say_error(text: str) -> None:
     """A line on the error stream, once for all processes of the job that have the same to say."""
-    from .distributed import first_to_say
+    from spark_dist.training.distributed import first_to_say
 
     if first_to_say(text):
         print(text, file=sys.stderr, flush=True)

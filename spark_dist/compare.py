@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from data_tools.errors import UserError, unknown_name
-
-from .metrics import paired_difference, read_cases, summarise
-from .progress import console
-from .tracking import SQLITE, absolute_uri, brief, make_client
+from data_tools.progress import console
+from spark_dist.evaluation.intervals import paired_difference, summarise
+from spark_dist.evaluation.metrics import read_cases
+from spark_dist.training.tracking import SQLITE, absolute_uri, brief, make_client
 
 
 @dataclass(kw_only=True)

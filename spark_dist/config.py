@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_tools.errors import UserError
-from spark_dist.data import ORIENTATIONS, UPRIGHT, Crop
+from spark_dist.data.views import ORIENTATIONS, UPRIGHT, Crop
 
 
 @dataclass(kw_only=True)

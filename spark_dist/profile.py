@@ -16,9 +16,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_tools.errors import UserError
-
-from .networks import NETWORKS, build_network
-from .progress import console
+from data_tools.progress import console
+from spark_dist.networks import NETWORKS, build_network
 
 
 @dataclass(kw_only=True)

@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_tools.progress import console
+from spark_dist.training.tracking import sync
+
 from .cli import module_main
-from .progress import console
-from .tracking import sync
 
 
 @dataclass(kw_only=True)

@@ -1,13 +1,11 @@
 """Train a network without a teacher: accelerate launch -m spark_dist.train --dataset STORE --task organ …"""
 
-from torch import nn
+from spark_dist.training.checks import check_network
+from spark_dist.training.job import open_job
+from spark_dist.training.stage import train_stage, untaught
 
 from .cli import module_main
 from .config import TrainOptions
-from .distillation import Distillation
-from .distillers.plain import Plain
-from .job import check_network, open_job, train_stage
-from .teacher_cache import TeacherTargets
 
 OPTIONS = TrainOptions
 
@@ -25,12 +23,6 @@ def run(options: TrainOptions) -> None:
             options.epochs,
             pretrained=options.pretrained,
         )
-
-
-def untaught(network: nn.Module) -> tuple[Distillation, TeacherTargets]:
-    """Training on the truth alone."""
-    distiller = Plain()
-    return Distillation(network, distiller), TeacherTargets(None, distiller, None, None)
 
 
 if __name__ == "__main__":

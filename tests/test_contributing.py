@@ -53,7 +53,11 @@ def test_what_was_added_trains_and_distils(copy, tiny_store, tmp_path):
 
 @pytest.mark.slow
 def test_the_tests_over_the_registries_cover_it(copy):
-    files = ("tests/test_networks.py", "tests/test_teacher_cache.py", "tests/test_pairings.py")
+    files = (
+        "tests/networks/test_networks.py",
+        "tests/teacher/test_teacher_cache.py",
+        "tests/distillers/test_pairings.py",
+    )
     summary = run(copy, "pytest", *files, "-k", "mynet or mymethod", "-p", "no:cacheprovider").splitlines()[-1]
     assert int(re.search(r"(\d+) passed", summary)[1]) > 6
 

@@ -53,8 +53,7 @@ def test_commands_are_understood(words, monkeypatch):
 @pytest.mark.parametrize("recipe", sorted((ROOT / "launch" / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_recipes_serve_both_commands(recipe):
     from spark_dist.config import DistillOptions, TrainOptions
-    from spark_dist.distill import check
-    from spark_dist.job import check_network
+    from spark_dist.training.checks import check, check_network
 
     train = parse(TrainOptions, ["--config", str(recipe), "--network", "enet"], "train")
     check_network(train, train.network, train.width)

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 
 from data_tools.store import open_store
-from spark_dist.checkpoint import load_state, newest_state
+from spark_dist.training.checkpoint import load_state, newest_state
 
 SCRIPTS = sorted((ROOT / "launch" / "slurm").glob("*.s*"))
 SMALL = "--crop 32 --crop-shift [0,0] --batch-size 6 --log-every 1 --checkpoint-steps 2 --student-width 0.25"

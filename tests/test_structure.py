@@ -16,7 +16,7 @@ import pytest
             "spark_dist.train, spark_dist.distill, spark_dist.compare, spark_dist.evaluate, spark_dist.picture",
             "nibabel",
         ),
-        ("spark_dist.networks, spark_dist.distillers", "spark_dist.trainer"),
+        ("spark_dist.networks, spark_dist.distillers", "spark_dist.training"),
         ("spark_dist.networks, spark_dist.distillers", "accelerate"),
     ],
 )
@@ -26,13 +26,14 @@ def test_a_room_does_not_import_what_is_not_its_business(modules, forbidden):
 
 
 def test_the_loop_fits_on_a_page():
-    from spark_dist.trainer import fit
+    from spark_dist.training.loop import fit
 
     assert len(inspect.getsource(fit).splitlines()) <= 85
 
 
 def test_train_and_distill_share_the_loop():
-    from spark_dist import distill, job, train, trainer
+    from spark_dist import distill, train
+    from spark_dist.training import loop, stage
 
-    assert job.fit is trainer.fit
-    assert distill.train_stage is train.train_stage is job.train_stage
+    assert stage.fit is loop.fit
+    assert distill.train_stage is train.train_stage is stage.train_stage

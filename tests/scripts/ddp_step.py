@@ -2,10 +2,10 @@
 
 import torch
 
-from spark_dist.distillation import Distillation
 from spark_dist.distillers.plain import Plain
-from spark_dist.distributed import make_accelerator, shut_down
 from spark_dist.networks import NETWORKS, build_network
+from spark_dist.training.distillation import Distillation
+from spark_dist.training.distributed import make_accelerator, shut_down
 
 accelerator = make_accelerator()
 for name in sorted(NETWORKS):

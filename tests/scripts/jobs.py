@@ -25,13 +25,13 @@ import mlflow  # noqa: F401
 import monai.metrics.utils
 import torch
 
-import spark_dist.checkpoint
+import spark_dist.data.cache
 import spark_dist.distill
 import spark_dist.evaluate
-import spark_dist.job
-import spark_dist.teacher_cache
+import spark_dist.evaluation.cases
 import spark_dist.train
-import spark_dist.trainer
+import spark_dist.training.checkpoint
+import spark_dist.training.loop
 from data_tools.errors import UserError
 from spark_dist.cli import command
 from spark_dist.networks import build_network
@@ -74,10 +74,10 @@ def written_unnamed(write, strike, *arguments):
 
 
 PLACES = {
-    "step": (spark_dist.trainer, "to_device", None),
+    "step": (spark_dist.training.loop, "to_device", None),
     "checkpoint": (torch, "save", half_saved),
-    "evaluation": (spark_dist.evaluate, "probabilities", None),
-    "cache": (spark_dist.teacher_cache, "write_segment", written_unnamed),
+    "evaluation": (spark_dist.evaluation.cases, "probabilities", None),
+    "cache": (spark_dist.data.cache, "write_segment", written_unnamed),
 }
 
 

@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from spark_dist.distillation import Distillation
 from spark_dist.distillers import build_distiller
 from spark_dist.networks import NetworkOutput, Tap, Taps
+from spark_dist.training.distillation import Distillation
 
 STUDENT = Taps(low=Tap(4, 2), high=Tap(6, 8))
 TEACHER = Taps(low=Tap(8, 2), high=Tap(10, 16))

@@ -7,9 +7,9 @@ import torch
 from method_network import distillation, freeze_statistics, made_up_targets
 from safetensors.torch import save_file
 
-from spark_dist.data import EpochSampler
+from spark_dist.data.order import EpochSampler
 from spark_dist.distillers import DISTILLERS
-from spark_dist.distributed import make_accelerator, shut_down
+from spark_dist.training.distributed import make_accelerator, shut_down
 
 N, SIDE, BATCH, STEPS = 31, 32, 9, 20
 

@@ -1,0 +1,271 @@
+"""What a method needs of the teacher, on disk, exact for every slice and orientation.
+
+    ROOT/<fingerprint>/description.json        what the cache belongs to, for people
+    ROOT/<fingerprint>/segments/<name>/        Zarr v3 group; visible once it is complete (written aside, renamed)
+    ROOT/<fingerprint>/segments/<name>/keys    (n,) int64: which sample each row is (`data.ORIENTATIONS`)
+    ROOT/<fingerprint>/segments/<name>/<target>  (n, …): one entry is one chunk, the segment is one shard
+
+Entries are written in the order in which training meets them. A segment is written whole by one process, so that any
+number of processes and jobs can fill one cache at the same time. The folder's name is a hash of everything that the
+entries follow from, so a stale cache is never found. Every chunk has a crc32c; an entry that is missing or damaged is
+computed again, and of two segments that hold an entry the later counts.
+"""
+
+import json
+import logging
+import os
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorstore as ts
+from torch import Tensor
+
+from data_tools.errors import UserError
+from data_tools.location import first_line, open_array
+from data_tools.shards import DAMAGE, SliceReader
+
+from .number_formats import as_tensor, decode, encode, layout, numpy_dtype
+from .shared_memory import empty_array
+from .views import ORIENTATIONS
+
+log = logging.getLogger(__name__)
+SEGMENT_BYTES = 64 * 2**20
+"""About how large a segment grows before it is written."""
+
+
+class Entries(NamedTuple):
+    """What was read for a batch."""
+
+    arrays: dict[str, Tensor] | None
+    """As stored (see `entries.decode`), (N, …) each, or None if any entry is missing or damaged."""
+    damaged: tuple[int, ...] = ()
+    """Keys of entries that are there and can't be read."""
+
+
+class TeacherCache:
+    """The entries under one folder. Handles are opened where they are used, so that it can be sent to workers."""
+
+    def __init__(
+        self,
+        folder: Path,
+        size: int,
+        shapes: Mapping[str, Sequence[int]],
+        dtype: str,
+        canonical: bool = False,
+        memory: int = 0,
+    ):
+        """`size` is one more than the largest key; `shapes` are those of an entry's targets. `canonical` keeps one
+        entry for a slice, the upright one, which `TeacherTargets` turns; that is not exact. `memory` bytes of decoded
+        entries are kept by TensorStore."""
+        self.folder = Path(folder)
+        self.size = size
+        self.shapes = dict(shapes)
+        self.dtype = dtype
+        self.canonical = canonical
+        self.memory = memory
+        self.idle = False
+        """Nothing is read or written any more; targets are still rounded as if it were."""
+        self._forget()
+
+    def _forget(self) -> None:
+        self.full = False
+        self._process = os.getpid()
+        self._context = ts.Context({"cache_pool": {"total_bytes_limit": self.memory}}) if self.memory else None
+        self._names: list[str] = []
+        self._readers: dict[tuple[str, str], SliceReader] = {}
+        self._segment = np.full(self.size, -1, np.int32)
+        self._row = np.zeros(self.size, np.int32)
+        self._changed = -1
+        self._lock = threading.Lock()
+        self._waiting = np.zeros(self.size, bool)
+        self._pending: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "full" and not key.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def arrays(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """The arrays of an entry, with their shapes and number formats."""
+        return {name: (shape, numpy_dtype(kind)) for name, (shape, kind) in layout(self.shapes, self.dtype).items()}
+
+    def stored(self, keys: np.ndarray) -> np.ndarray:
+        """The keys of the entries that hold what samples with these keys need."""
+        return keys // ORIENTATIONS * ORIENTATIONS if self.canonical else keys
+
+    def refresh(self) -> None:
+        """Learn of segments that this or another process has completed."""
+        segments = self.folder / "segments"
+        with self._lock:  # batches are read in a thread of their own
+            if not segments.is_dir() or segments.stat().st_mtime_ns == self._changed:
+                return
+            # A folder's time is coarse: only one that had passed when the folder was listed says that nothing is new.
+            changed = segments.stat().st_mtime_ns
+            self._changed = changed if time.time_ns() - changed > 2e9 else -1
+            known = set(self._names)
+            for path in sorted(p for p in segments.iterdir() if p.suffix != ".tmp" and p.name not in known):
+                try:
+                    keys = open_array(path / "keys").read().result()
+                except (ValueError, OSError, UserError) as error:
+                    log.warning("teacher cache: segment %s is damaged and left out (%s)", path.name, first_line(error))
+                    keys = np.zeros(0, np.int64)
+                self._names.append(path.name)
+                self._row[keys] = np.arange(len(keys))
+                self._segment[keys] = len(self._names) - 1
+
+    def start_reading(self, keys: np.ndarray) -> Callable[..., Entries]:
+        """Have the entries of samples fetched. Returns a function that gives them.
+
+        It may be given a function that does work(0) … work(n − 1), as in `data.VoxelReader.each`, to decode them.
+        """
+        if self.idle:
+            return no_entries
+        if self._process != os.getpid():
+            self._forget()
+        stored = self.stored(keys)
+        if (self._segment[stored] < 0).any():
+            self.refresh()
+        if (self._segment[stored] < 0).any():
+            return no_entries
+        places = [(self._names[s], int(r)) for s, r in zip(self._segment[stored], self._row[stored], strict=True)]
+        kinds = self.arrays()
+        takes = [[self._fetch(segment, name, row) for name in kinds] for segment, row in places]
+
+        def result(each: Callable = in_turn) -> Entries:
+            arrays = {name: empty_array((len(keys), *shape), kind) for name, (shape, kind) in kinds.items()}
+            damaged = {}
+
+            def take(n: int) -> None:
+                try:
+                    for array, into in zip(arrays.values(), takes[n], strict=True):
+                        into(array[n, ...])
+                except DAMAGE as error:
+                    damaged[int(stored[n])] = error
+
+            each(take, len(keys))
+            if not damaged:
+                return Entries({name: as_tensor(array) for name, array in arrays.items()})
+            for entry, error in sorted(damaged.items()):
+                log.warning("teacher cache: entry %d: %s; it is computed again", entry, first_line(error))
+            self.forget(list(damaged))
+            return Entries(None, tuple(sorted(damaged)))
+
+        return result
+
+    def forget(self, keys: Sequence[int]) -> None:
+        """Take entries for missing, until a segment is found that has them and was not known."""
+        self._segment[np.asarray(keys, int)] = -1
+
+    def _fetch(self, segment: str, name: str, row: int) -> Callable[[np.ndarray], np.ndarray]:
+        """Have one array of one entry fetched."""
+        try:
+            if (segment, name) not in self._readers:
+                path = self.folder / "segments" / segment / name
+                self._readers[segment, name] = SliceReader(path, self._context)
+            return self._readers[segment, name].fetch(row)
+        except (UserError, *DAMAGE) as error:
+            return partial(_raise, ValueError(first_line(error)))
+
+    def add(self, keys: np.ndarray, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Keep the targets of the entries `keys`, and return them as reading them back would: rounded to the cache's
+        number format, so that it makes no difference to training whether an entry was already there."""
+        arrays = encode(targets, self.dtype)
+        new = np.flatnonzero((self._segment[keys] < 0) & ~self._waiting[keys])
+        if not self.full and not self.idle and len(new):
+            self._waiting[keys[new]] = True
+            self._pending.append((keys[new], {name: values[new] for name, values in arrays.items()}))
+            if sum(v.nbytes for _, entry in self._pending for v in entry.values()) >= SEGMENT_BYTES:
+                self.flush()
+        device = next(iter(targets.values())).device if targets else None
+        return decode({name: as_tensor(x).to(device) for name, x in arrays.items()})
+
+    def flush(self) -> None:
+        """Write what was added as a segment. On a full disk, caching ends with a warning and training goes on."""
+        if not self._pending or self.full:
+            return
+        keys = np.concatenate([keys for keys, _ in self._pending])
+        values = {name: np.concatenate([v[name] for _, v in self._pending]) for name in self._pending[0][1]}
+        self._pending = []
+        self._waiting[:] = False
+        # Names sort as segments were written.
+        name = f"{time.time_ns():020}-{uuid.uuid4().hex[:8]}"
+        aside = self.folder / "segments" / f"{name}.tmp"
+        try:
+            write_segment(aside, keys, values)
+            aside.rename(aside.with_suffix(""))
+        except (OSError, ValueError) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            log.warning("teacher cache: writing ends here, training goes on without (%s)", first_line(error))
+            self.full = True
+        self.refresh()
+
+    def missing(self, keys: np.ndarray) -> np.ndarray:
+        """Which of the samples (N,) have no entry yet."""
+        self.refresh()
+        return self._segment[self.stored(keys)] < 0
+
+    def entries(self) -> int:
+        """How many entries can be read."""
+        self.refresh()
+        return int((self._segment >= 0).sum())
+
+
+def no_entries(each: Callable | None = None) -> Entries:
+    """What is read where nothing, or not all, is there."""
+    return Entries(None)
+
+
+def in_turn(work: Callable[[int], None], count: int) -> None:
+    """work(0) … work(count − 1)."""
+    for n in range(count):
+        work(n)
+
+
+def _raise(error: Exception, out: np.ndarray) -> None:
+    raise error
+
+
+def write_segment(folder: Path, keys: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
+    """A Zarr v3 group of the keys and one array for each target, each array one shard."""
+    folder.mkdir(parents=True)
+    (folder / "zarr.json").write_text(json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}))
+    arrays = {"keys": (keys, keys.shape), **{name: (v, (1, *v.shape[1:])) for name, v in values.items()}}
+    writes = []
+    for name, (array, chunk) in arrays.items():
+        spec = {
+            "driver": "zarr3",
+            "kvstore": {"driver": "file", "path": str((folder / name).absolute())},
+            "metadata": {
+                "shape": array.shape,
+                "data_type": array.dtype.name,
+                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": array.shape}},
+                "codecs": [{"name": "sharding_indexed", "configuration": sharding(chunk, array.dtype.itemsize)}],
+            },
+            "store_data_equal_to_fill_value": True,
+        }
+        writes.append(ts.open(spec, create=True).result().write(array))
+    for write in writes:
+        write.result()
+
+
+def sharding(chunk: tuple[int, ...], itemsize: int) -> dict[str, Any]:
+    """A shard's configuration: lz4 after a bit shuffle, a crc32c over every chunk and over the index."""
+    blosc = {"cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "typesize": itemsize, "blocksize": 0}
+    return {
+        "chunk_shape": chunk,
+        "codecs": [
+            {"name": "bytes", "configuration": {"endian": "little"}},
+            {"name": "blosc", "configuration": blosc},
+            {"name": "crc32c"},
+        ],
+        "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+    }

@@ -1,0 +1,124 @@
+"""The slices of a store, and how their voxels are read."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from torch.utils.data import get_worker_info
+
+from data_tools.errors import UserError
+from data_tools.location import finished
+from data_tools.shards import SliceReader
+from data_tools.store import Store
+from data_tools.workers import cores
+
+
+@dataclass(frozen=True)
+class SliceTable:
+    """The slices of some cases, as arrays rather than objects, so that workers share their memory."""
+
+    store: Store
+    cases: tuple[str, ...]
+    case: np.ndarray
+    """(n,) position of each slice's case in `cases`."""
+    slice: np.ndarray
+    """(n,) each slice's index in its case."""
+
+    def __len__(self) -> int:
+        return len(self.case)
+
+    def name(self, row: int) -> str:
+        """A slice as a person would name it."""
+        return f"{self.cases[self.case[row]]} slice {self.slice[row]}"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the sources, windows and places of all slices."""
+        facts = [[name, c.source, c.window, c.shape] for name in self.cases for c in [self.store.cases[name]]]
+        digest = hashlib.sha256(json.dumps([facts, self.store.attributes["labels"]], sort_keys=True).encode())
+        digest.update(np.stack([self.case, self.slice]).astype(np.int64).tobytes())
+        return digest.hexdigest()[:16]
+
+
+def slice_table(store: Store, split: str, part: str, task: str, slices: str = "labelled") -> SliceTable:
+    """The slices of one part of a split: those with the task's target (`labelled`) or `all`.
+
+    Raises `UserError` if there is none.
+    """
+    cases = tuple(store.split(split, part))
+    rows = [
+        (position, z)
+        for position, name in enumerate(cases)
+        for z in (store.cases[name].task_slices(task) if slices == "labelled" else range(store.cases[name].shape[0]))
+    ]
+    if not rows:
+        raise UserError(
+            f"{store.path}: the {part} part of split '{split}' has no slice with {task}; "
+            "make another split (spark-data split --name), or train the other task"
+        )
+    case, index = np.array(rows, dtype=np.int32).T
+    return SliceTable(store=store, cases=cases, case=case, slice=index)
+
+
+class VoxelReader:
+    """Reads voxels of a store.
+
+    Arrays are opened when they are first needed, in the process that needs them: threads do not survive a fork, and
+    handles are left behind when this object is sent to a worker.
+    """
+
+    def __init__(self, store: Store):
+        self.path = store.path
+        self._forget()
+
+    def _forget(self) -> None:
+        self._readers: dict[tuple[str, str], SliceReader] = {}
+        self._threads: ThreadPoolExecutor | None = None
+        self._process = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.path = state["path"]
+        self._forget()
+
+    def slices(self, case: str, kind: str) -> SliceReader:
+        """What reads slices of the `image` or `label` of a case."""
+        if self._process != os.getpid():
+            self._forget()
+        if (case, kind) not in self._readers:
+            self._readers[case, kind] = SliceReader(self.path / "cases" / case / kind)
+        return self._readers[case, kind]
+
+    def each(self, work: Callable[[int], None], count: int) -> None:
+        """work(0) … work(count − 1), on this process's share of the cores; in a loader's worker one after the other."""
+        threads = max(1, min(decoding_threads(), count))
+
+        def share(first: int) -> None:
+            for n in range(first, count, threads):
+                work(n)
+
+        if threads > 1 and self._threads is None:
+            self._threads = ThreadPoolExecutor(decoding_threads() - 1, thread_name_prefix="decode")
+        others = [self._threads.submit(share, first) for first in range(1, threads)]
+        share(0)
+        for other in others:
+            other.result()
+
+    def case(self, case: str, kind: str) -> np.ndarray:
+        """All voxels of a case, (Z, H, W)."""
+        return finished(self.slices(case, kind).array.read(), f"{self.path}: case {case}")
+
+
+def decoding_threads() -> int:
+    """How many threads of this process may decode at a time."""
+    if get_worker_info() is not None:
+        return 1
+    return max(1, min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

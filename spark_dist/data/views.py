@@ -1,0 +1,70 @@
+"""How a slice is seen: its crop and its orientation."""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+ORIENTATIONS = 8
+"""The dihedral group D4: orientation = quarter turns + 4 × (flipped left to right first)."""
+UPRIGHT = (0, 2, 4, 6)
+"""The orientations without quarter turns, which keep the sides of a rectangle."""
+TURNS = ((0, None), (1, 0), (0, -1), (1, 1), (0, 1), (1, None), (0, 0), (1, -1))
+"""Each orientation as a transposition, or none, and then OpenCV's code of a flip (0 rows, 1 columns, −1 both)."""
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A window of fixed size in the plane of a slice, off the slice's centre by `shift` pixels (rows, columns).
+
+    Where it reaches beyond the slice, it is filled with the intensity that maps to −1 and with background.
+    """
+
+    size: tuple[int, int]
+    shift: tuple[int, int] = (0, 0)
+
+    def overlap(self, plane: tuple[int, int]) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+        """The part of a slice of size `plane` that the crop covers, and where in the crop that part lies."""
+        inside, placed = [], []
+        for length, size, shift in zip(plane, self.size, self.shift, strict=True):
+            start = (length - size) // 2 + shift
+            low, high = max(start, 0), min(start + size, length)
+            inside.append(slice(low, max(low, high)))
+            placed.append(slice(low - start, max(low, high) - start))
+        return tuple(inside), tuple(placed)
+
+    def of(self, image: np.ndarray, fill: float) -> np.ndarray:
+        """The crop of a slice (H, W): a view of it, or a copy with `fill` where the crop reaches beyond."""
+        inside, placed = self.overlap(image.shape)
+        cropped = image[inside]
+        if cropped.shape == self.size:
+            return cropped
+        filled = np.full(self.size, fill, image.dtype)
+        filled[placed] = cropped
+        return filled
+
+
+def orient(image: np.ndarray, orientation: int) -> np.ndarray:
+    """An image (H, W) in one of the eight orientations, perhaps as a view.
+
+    OpenCV goes through an image in blocks; a copy of NumPy's `rot90` takes ten times as long.
+    """
+    transposed, flip = TURNS[orientation]
+    if transposed:
+        image = cv2.transpose(image)
+    return image if flip is None else cv2.flip(image, flip)
+
+
+def turned(x: Tensor, orientations: np.ndarray, back: bool = False) -> Tensor:
+    """Samples of x (N, …, H, W), each in its orientation (see `data.orient`), or turned back from it."""
+
+    def turn(sample: Tensor, orientation: int) -> Tensor:
+        quarters, mirrored = orientation % 4, orientation >= 4
+        if back:
+            sample = sample.rot90(-quarters, (-2, -1))
+            return sample.flip(-1) if mirrored else sample
+        return (sample.flip(-1) if mirrored else sample).rot90(quarters, (-2, -1))
+
+    return torch.stack([turn(sample, int(o)) for sample, o in zip(x, orientations, strict=True)])

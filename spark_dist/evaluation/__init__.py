@@ -1,0 +1,1 @@
+"""Inference on whole planes, metrics and their intervals, pictures of predictions."""

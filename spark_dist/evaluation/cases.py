@@ -1,0 +1,70 @@
+"""Per-case metrics of a network on whole volumes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from data_tools.store import TASKS, Store
+from spark_dist.data.slices import VoxelReader
+from spark_dist.data.views import Crop
+
+from .inference import probabilities
+from .intervals import summarise
+from .metrics import case_metrics
+
+LABELLED_THRESHOLD = 0.4
+"""Probability from which a voxel is the target in the original system's protocol, `labelled-slices`."""
+
+
+def evaluate_cases(
+    accelerator: Accelerator,
+    network: nn.Module,
+    store: Store,
+    cases: Sequence[str],
+    task: str,
+    crop: Crop,
+    threshold: float = 0.5,
+    distances: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """Every case's figures, by case name, the same on every process.
+
+    Cases are shared among the processes and each is predicted whole by one of them, so that the figures do not depend
+    on how many there are. Both protocols: `volume` at `threshold` and `labelled-slices` at `LABELLED_THRESHOLD`.
+    """
+    reader = VoxelReader(store)
+    own = {}
+    for name in shares(store, cases, accelerator.num_processes)[accelerator.process_index]:
+        case = store.cases[name]
+        target = probabilities(network, reader.case(name, "image"), case, crop, accelerator.device)
+        truth = reader.case(name, "label") >= min(TASKS[task])
+        own[name] = case_metrics(
+            target >= threshold, truth, case.spacing, distances, labelled=target >= LABELLED_THRESHOLD
+        )
+    return dict(sorted(item for part in gather_object([own]) for item in part.items()))
+
+
+def shares(store: Store, cases: Sequence[str], world: int) -> list[list[str]]:
+    """Cases for each process, so that their slices are about even."""
+    result: list[list[str]] = [[] for _ in range(world)]
+    load = [0] * world
+    for name in sorted(cases, key=lambda name: (-store.cases[name].shape[0], name)):
+        least = load.index(min(load))
+        result[least].append(name)
+        load[least] += store.cases[name].shape[0]
+    return result
+
+
+def summaries(cases: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, Any]]:
+    """Each figure's mean, 95% interval and misses over cases (see `metrics.summarise`)."""
+    return {key: summarise([figures[key] for figures in cases.values()]) for key in next(iter(cases.values()))}
+
+
+def format_summaries(summary: Mapping[str, Mapping[str, Any]]) -> str:
+    """The figures that one looks at first, in a line."""
+    dice, hd95 = summary["dice"], summary["hd95"]
+    text = f"Dice {dice['mean']:.4f} [{dice['low']:.4f}, {dice['high']:.4f}] over {dice['cases']} cases"
+    text += f", HD95 {hd95['mean']:.1f} mm"
+    return text + (f" without {hd95['misses']} missed cases" if hd95["misses"] else "")

@@ -1,0 +1,106 @@
+"""Overlap and surface distances on whole volumes, and their summary over cases.
+
+The target of a prediction and of the truth are boolean volumes (Z, H, W). A case's figures are a flat dict: dice, voe,
+rvd, hd, hd95 and assd of the protocol `volume` (all slices), and dice_labelled, voe_labelled and rvd_labelled of the
+protocol `labelled-slices` (only slices that show the target, which is how the original system measured).
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.errors import UserError
+
+
+def overlap_counts(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Voxels in each slice, (Z, 3) int64: in both, predicted, true."""
+    return np.stack([v.sum(axis=(1, 2), dtype=np.int64) for v in (prediction & truth, prediction, truth)], axis=1)
+
+
+def dice(counts: np.ndarray) -> float:
+    """Dice of summed counts (3,). Nothing predicted where nothing is: 1."""
+    both, predicted, true = (int(v) for v in counts)
+    return 2 * both / (predicted + true) if predicted + true else 1.0
+
+
+def voe(counts: np.ndarray) -> float:
+    """Volumetric overlap error, 1 − intersection over union."""
+    both, predicted, true = (int(v) for v in counts)
+    return 1 - both / (predicted + true - both) if predicted + true else 0.0
+
+
+def rvd(counts: np.ndarray) -> float:
+    """Relative volume difference, (predicted − true) / true; infinite where something is predicted and nothing is."""
+    _, predicted, true = (int(v) for v in counts)
+    if true == 0:
+        return math.inf if predicted else 0.0
+    return (predicted - true) / true
+
+
+def surface_distances(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> dict[str, float]:
+    """hd, hd95 and assd in mm between the surfaces of two volumes; `spacing` in mm for each axis.
+
+    A surface is the voxels of a volume that touch what is outside it by a face (also at the volume's border).
+    hd: the largest distance from either surface to the other; hd95: the larger of the two directions' 95th percentiles;
+    assd: the mean over the voxels of both surfaces. Nothing in both: 0; nothing in one of them: infinite, a miss.
+    """
+    if not prediction.any() or not truth.any():
+        value = 0.0 if prediction.any() == truth.any() else math.inf
+        return {"hd": value, "hd95": value, "assd": value}
+    from monai.metrics.utils import get_mask_edges, get_surface_distance
+
+    # Only the part of the volume that holds either of them: the rest takes time and changes nothing.
+    box = tuple(slice(np.flatnonzero(v)[0], np.flatnonzero(v)[-1] + 1) for v in occupied(prediction | truth))
+    surfaces = get_mask_edges(prediction[box], truth[box], crop=False)
+    there, back = (
+        np.asarray(get_surface_distance(*pair, spacing=list(spacing)), dtype=np.float64)
+        for pair in (surfaces, surfaces[::-1])
+    )
+    return {
+        "hd": float(max(there.max(), back.max())),
+        "hd95": float(max(np.percentile(there, 95), np.percentile(back, 95))),
+        "assd": float((there.sum() + back.sum()) / (there.size + back.size)),
+    }
+
+
+def occupied(volume: np.ndarray) -> list[np.ndarray]:
+    """For each axis, the indices at which the volume has anything."""
+    return [volume.any(axis=tuple(other for other in range(3) if other != axis)) for axis in range(3)]
+
+
+def case_metrics(
+    prediction: np.ndarray,
+    truth: np.ndarray,
+    spacing: Sequence[float],
+    distances: bool = True,
+    labelled: np.ndarray | None = None,
+) -> dict[str, float]:
+    """All figures of a case. `labelled` is the prediction for the protocol `labelled-slices`, where it differs."""
+    counts = overlap_counts(prediction, truth)
+    shown = overlap_counts(prediction if labelled is None else labelled, truth)[counts[:, 2] > 0]
+    figures = {"dice": dice, "voe": voe, "rvd": rvd}
+    result = {name: figure(counts.sum(axis=0)) for name, figure in figures.items()}
+    if distances:
+        result |= surface_distances(prediction, truth, spacing)
+    return result | {f"{name}_labelled": figure(shown.sum(axis=0)) for name, figure in figures.items()}
+
+
+def write_cases(path: Path, cases: Mapping[str, Mapping[str, float]], **facts: Any) -> None:
+    """Figures of every case as JSON, with `facts` about them. Infinite values are written as "inf"."""
+    from data_tools.files import write_text
+
+    rows = {case: {k: v if math.isfinite(v) else str(v) for k, v in figures.items()} for case, figures in cases.items()}
+    write_text(Path(path), json.dumps({**facts, "cases": rows}, indent=1, allow_nan=False))
+
+
+def read_cases(path: Path) -> dict[str, dict[str, float]]:
+    """Figures of every case as `write_cases` wrote them. Raises `UserError` if the file is damaged."""
+    try:
+        rows = json.loads(Path(path).read_text())["cases"]
+        return {case: {key: float(value) for key, value in figures.items()} for case, figures in rows.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: can't be read as figures of cases ({error}); evaluate the checkpoint again") from None

@@ -1,0 +1,72 @@
+"""What names a teacher cache: a hash of everything that its entries follow from."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data_tools.files import write_text
+from spark_dist.data.cache import TeacherCache
+from spark_dist.distillers.base import Distiller
+from spark_dist.networks.base import NetworkOutput, Taps
+
+VERSION = 2
+
+
+def weights_hash(network: nn.Module) -> str:
+    """A hash of a network's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def probe_targets(distiller: Distiller, taps: Taps, crop: tuple[int, int]) -> tuple[str, dict[str, list[int]]]:
+    """What a method makes of a fixed, random teacher output: a hash of the values, and each target's shape.
+
+    The hash stands for the method and those of its settings that matter to the teacher's side: another loss weight
+    leaves a cache valid, another attention gain does not.
+    """
+    random = np.random.default_rng(0)
+
+    def noise(channels: int, stride: int) -> Tensor:
+        return torch.from_numpy(random.standard_normal((1, channels, crop[0] // stride, crop[1] // stride)))
+
+    output = NetworkOutput(noise(2, 1), noise(*taps.low), noise(*taps.high))
+    target = torch.zeros(1, *crop, dtype=torch.float64)
+    target[:, : crop[0] // 2] = 1
+    targets = distiller.teacher_targets(output, torch.stack([1 - target, target], dim=1))
+    digest = hashlib.sha256()
+    for name, values in sorted(targets.items()):
+        digest.update(name.encode())
+        digest.update(values.cpu().numpy().astype(np.float16).tobytes())
+    return digest.hexdigest()[:16], {name: list(values.shape[1:]) for name, values in targets.items()}
+
+
+def cache_fingerprint(description: Mapping[str, Any]) -> str:
+    """The name of the cache that a description belongs to."""
+    facts = {"version": VERSION, **description}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def open_cache(
+    root: Path,
+    description: Mapping[str, Any],
+    size: int,
+    shapes: Mapping[str, Sequence[int]],
+    dtype: str,
+    **settings: Any,
+) -> TeacherCache:
+    """The cache that belongs to a description, made if it is not there. Opening it counts as its use."""
+    folder = Path(root) / cache_fingerprint(description)
+    (folder / "segments").mkdir(parents=True, exist_ok=True)
+    write_text(folder / "description.json", json.dumps(description, indent=1, default=str))
+    cache = TeacherCache(folder, size, shapes, dtype, **settings)
+    cache.refresh()
+    return cache

@@ -1,0 +1,61 @@
+"""The state that a run goes on from."""
+
+import logging
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_tools.errors import UserError
+from data_tools.files import write_atomically
+
+log = logging.getLogger(__name__)
+
+
+def save_state(folder: Path, step: int, state: Mapping[str, Any], keep: int) -> None:
+    """The state of a run after so many steps: tensors and plain values. The latest `keep` states stay."""
+    write_atomically(folder / f"step-{step:09}.pt", lambda aside: torch.save(dict(state), aside))
+    for path in states(folder)[:-keep]:
+        path.unlink(missing_ok=True)
+
+
+def states(folder: Path) -> list[Path]:
+    """The saved states of a run, the oldest first."""
+    return sorted(folder.glob("step-*.pt"))
+
+
+def newest_state(folder: Path) -> Path | None:
+    """The newest state that is whole, or None if none was ever saved. A damaged one is renamed, with a warning.
+
+    Raises `UserError` if all are damaged.
+    """
+    for unfinished in folder.glob(".step-*.tmp"):
+        unfinished.unlink()
+    damaged = []
+    for path in reversed(states(folder)):
+        if (damage := damage_of(path)) is None:
+            for other in damaged:
+                other.replace(other.with_suffix(".damaged"))
+            return path
+        damaged.append(path)
+        log.warning("%s: the saved state is damaged (%s); it is passed over", path, damage)
+    if damaged:
+        raise UserError(f"{folder}: every saved state is damaged; remove this folder to begin the stage again")
+    return None
+
+
+def damage_of(path: Path) -> str | None:
+    """What is wrong with a saved state. torch reads its zip archive without looking at the checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        return broken and f"wrong checksum of {broken}"
+    except Exception as error:  # zipfile's errors are of many kinds
+        return str(error)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """A saved state. Nothing in it is unpickled that is not a tensor or a plain value."""
+    return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,0 +1,55 @@
+"""Mistakes in options that are found before anything is trained."""
+
+import torch
+from torch import nn
+
+from data_tools.errors import UserError
+from spark_dist.config import DistillOptions, TrainingOptions
+from spark_dist.distillers import build_distiller
+from spark_dist.networks import build_network
+from spark_dist.networks.checkpoint import load_network
+
+
+def check_network(options: TrainingOptions, name: str, width: float) -> nn.Module:
+    """The network without weights. Raises `UserError` if there is none of that name, or the crop does not fit it."""
+    with torch.device("meta"):
+        network = build_network(name, width=width)
+    rows, columns = options.crop_window.size
+    if rows % network.stride or columns % network.stride:
+        raise UserError(f"--crop {rows}×{columns}: the sides must be multiples of {network.stride} for {name}")
+    return network
+
+
+def check(options: DistillOptions) -> None:
+    """Find mistakes before the teacher is trained. Raises `UserError`."""
+    if options.teacher_checkpoint and (options.rounds > 1 or options.together == "live"):
+        raise UserError(
+            "--teacher-checkpoint is of a teacher that is trained already; leave out --rounds and --together"
+        )
+    if options.together == "live" and (options.rounds > 1 or options.teacher_epochs):
+        raise UserError(
+            "--together live trains both networks at every step; leave out --rounds, and set --teacher-epochs 0 if a "
+            "recipe sets it"
+        )
+    if not 1 <= options.rounds <= min(options.epochs, options.teacher_epochs or options.epochs):
+        raise UserError(
+            f"--rounds {options.rounds} must be at least 1, and at most the number of epochs of each network"
+        )
+    teacher = check_network(options, options.teacher, options.teacher_width)
+    student = check_network(options, options.student, options.student_width)
+    with torch.device("meta"):
+        build_distiller(options.method, student=student.taps, teacher=teacher.taps, **options.weights)
+    pair = (options.teacher, options.teacher_width), (options.student, options.student_width)
+    if options.method == "tfkd" and pair[0] != pair[1]:
+        raise UserError(
+            f"method tfkd has a teacher of the student's own network and width, and --teacher is {options.teacher} "
+            f"×{options.teacher_width:g}, --student {options.student} ×{options.student_width:g}"
+        )
+    if path := options.teacher_checkpoint:
+        found = load_network(path)[1]
+        for option, key in (("teacher", "network"), ("task", "task")):
+            if getattr(options, option) != found[key]:
+                raise UserError(
+                    f"{path}: holds a {found['network']} for task {found['task']}, "
+                    f"but --{option} says {getattr(options, option)}"
+                )

@@ -1,0 +1,109 @@
+"""A job's trained teacher: what it says to the student, and the cache of that."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_tools.files import write_text
+from data_tools.report import bytes_text
+from spark_dist.data.batches import SliceDataset, to_device
+from spark_dist.data.cache import TeacherCache
+from spark_dist.data.number_formats import entry_bytes
+from spark_dist.data.order import visited
+from spark_dist.data.views import ORIENTATIONS
+from spark_dist.distillers import build_distiller
+from spark_dist.distillers.base import Distiller
+from spark_dist.networks.base import Taps
+from spark_dist.networks.checkpoint import load_network
+from spark_dist.teacher.fingerprint import open_cache, probe_targets, weights_hash
+from spark_dist.teacher.targets import TeacherTargets
+from spark_dist.teacher.trial import try_cache
+
+from .job import Job
+
+
+def distiller_between(job: Job, student: Taps, teacher: Taps) -> Distiller:
+    """The job's method for two networks."""
+    o = job.options
+    return build_distiller(o.method, student=student, teacher=teacher, samples=len(job.table), **o.weights)
+
+
+def frozen_teacher(job: Job, checkpoint: Path, student: Taps) -> tuple[TeacherTargets, dict[str, Any]]:
+    """What a saved teacher says to a student with these taps, without a cache, and the teacher's description."""
+    teacher, description = load_network(checkpoint)
+    distiller = distiller_between(job, student, teacher.taps)
+    return TeacherTargets(teacher.to(job.accelerator.device), distiller, None, job.accelerator.autocast), description
+
+
+def only_generation(job: Job, folder: Path) -> None:
+    """Remove the cache of the round before, whose teacher is no more."""
+    file = job.folder / "generation.txt"
+    if job.accelerator.is_main_process:
+        before = Path(file.read_text()) if file.exists() else folder
+        write_text(file, str(folder))
+        if before != folder:
+            shutil.rmtree(before, ignore_errors=True)
+    job.accelerator.wait_for_everyone()
+
+
+def matching_cache(job: Job, targets: TeacherTargets, facts: dict[str, Any]) -> TeacherCache:
+    """The cache of this teacher, method, crop and data; `facts` describe the teacher."""
+    o, crop = job.options, job.options.crop_window
+    probe, shapes = probe_targets(targets.distiller, targets.teacher.taps, crop.size)
+    description = {
+        "teacher": facts["network"],
+        "teacher_width": facts["width"],
+        "teacher_weights": weights_hash(targets.teacher),
+        "method": o.method,
+        "method_probe": probe,
+        "targets": shapes,
+        "crop": crop.size,
+        "crop_shift": crop.shift,
+        "dataset": o.dataset.stem,
+        "slices": job.table.fingerprint,
+        "task": o.task,
+        "dtype": o.cache_dtype,
+        "mixed_precision": job.accelerator.mixed_precision,
+    }
+    size = len(job.table) * ORIENTATIONS
+    settings = {"canonical": o.cache == "canonical", "memory": o.cache_memory * 2**20}
+    cache = open_cache(o.cache_folder, description, size, shapes, o.cache_dtype, **settings)
+    job.accelerator.wait_for_everyone()
+    return cache
+
+
+def weigh(job: Job, targets: TeacherTargets, cache: TeacherCache, epochs: range) -> None:
+    """Try the cache on a few slices; say what it needs, gains and costs; with `--cache auto`, leave it idle where it is
+    of no use. Training is the same with an idle cache, which still rounds.
+    """
+    o, accelerator, device = job.options, job.accelerator, job.accelerator.device
+    choices, n = o.orientation_choices, len(job.table)
+    keys = np.array([row * ORIENTATIONS + choices[(row + 1) % len(choices)] for row in range(min(4, n))])
+    batch = to_device(SliceDataset(job.table, o.crop_window).__getitems__(keys), o.task, device)
+    found = try_cache(targets, cache, batch)
+    forward, read = accelerator.reduce(torch.tensor([found.forward, found.read], device=device), "mean").tolist()
+
+    planned = np.unique(cache.stored(visited(n, o.seed, epochs, choices)))
+    missing, seen = int(cache.missing(planned).sum()), n * len(epochs)
+    needed = missing * entry_bytes(cache.shapes, cache.dtype)
+    free = shutil.disk_usage(cache.folder).free
+    live, cached = seen * forward, missing * forward + (seen - missing) * read
+    job.say(
+        f"teacher cache {cache.folder} ({'new' if missing == len(planned) else 'reuses it'}): "
+        f"{len(planned) - missing} of {len(planned)} entries there, {bytes_text(needed)} to come before "
+        f"compression, {bytes_text(free)} free; a slice takes {1000 * forward:.1f} ms by the teacher, "
+        f"{1000 * read:.1f} ms to read: {cached / 60:.1f} instead of {live / 60:.1f} minutes in {len(epochs)} epochs"
+    )
+    if cache.dtype == "int8" or cache.canonical:
+        what = "turned features" if cache.canonical else "int8"
+        errors = ", ".join(f"{name} {error:.2%}" for name, error in found.error.items())
+        job.say(f"{what}: approximate, by (root mean square, relative) {errors}")
+    if needed > free:
+        job.say("teacher cache: the disk has no room for all of it")
+    if o.cache == "auto":
+        cache.idle = cached >= live or needed > free
+        chosen = "computes the teacher at every step, which is faster" if cache.idle else "uses the cache"
+        job.say(f"--cache auto: {chosen}")

@@ -1,0 +1,51 @@
+"""What a network is worth on val, while it trains, and on test, once."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from spark_dist.evaluation.cases import evaluate_cases, format_summaries, summaries
+from spark_dist.evaluation.metrics import write_cases
+from spark_dist.evaluation.pictures import predictions_picture
+from spark_dist.networks.checkpoint import load_network
+
+from .job import Job
+from .tracking import Tracker
+
+
+def validation(job: Job) -> Callable[[nn.Module], dict[str, float]]:
+    """A function from a network to its mean figures over the val cases."""
+    cases = job.store.split(job.options.split, "val")
+
+    def validate(network: nn.Module) -> dict[str, float]:
+        o = job.options
+        figures = evaluate_cases(
+            job.accelerator, network, job.store, cases, o.task, o.crop_window, o.threshold, distances=False
+        )
+        return {f"val/{key}": s["mean"] for key, s in summaries(figures).items() if key.startswith("dice")}
+
+    return validate
+
+
+def evaluate_on_test(
+    job: Job, role: str, checkpoint: Path, folder: Path, tracker: Tracker, teacher: Path | None = None
+) -> None:
+    """Figures of a checkpoint on the test cases, and a picture (beside the teacher's), into `folder` and the run."""
+    o, device = job.options, job.accelerator.device
+    network = load_network(checkpoint)[0].to(device)
+    cases = job.store.split(o.split, "test")
+    figures = evaluate_cases(job.accelerator, network, job.store, cases, o.task, o.crop_window, o.threshold)
+    summary = summaries(figures)
+    job.say(f"{role}: test {format_summaries(summary)}")
+    tracker.metrics({f"test/{key}": s["mean"] for key, s in summary.items()}, step=0)
+    if job.accelerator.is_main_process:
+        networks = {"teacher": load_network(teacher)[0].to(device)} if teacher else {}
+        networks[role] = network
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = folder / "predictions.png"
+        predictions_picture(job.store, cases, o.task, o.crop_window, o.threshold, networks, device, picture)
+        tracker.artifact(picture)
+        write_cases(folder / "test_cases.json", figures, task=o.task, split="test", threshold=o.threshold)
+        tracker.artifact(folder / "test_cases.json")
+    job.accelerator.wait_for_everyone()

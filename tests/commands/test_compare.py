@@ -1,0 +1,186 @@
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+
+from data_tools.errors import UserError
+from spark_dist.cli import main
+from spark_dist.compare import Run, compare, load_runs
+from spark_dist.evaluation.intervals import paired_difference
+from spark_dist.evaluation.metrics import write_cases
+from spark_dist.training.tracking import open_run
+
+NETWORKS = {"unet": 31_037_633, "enet": 353_761}
+
+
+def trained(values, network="enet", role="student", method="none", seed=1, **other):
+    """A run with these Dice values on its test cases a, b, c …"""
+    figures = {case: {"dice": dice, "hd95": 2.0} for case, dice in zip("abcdefgh", values, strict=False)}
+    facts = {"dataset": "kits", "task": "organ", "split": "default", "width": 1.0, "teacher": ""}
+    facts |= {"role": role, "network": network, "method": method, "seed": str(seed), "cases": figures}
+    return Run(**facts | {"parameters": NETWORKS[network]} | other)
+
+
+def difference(rows, seeds="1"):
+    (row,) = [row for row in rows if row.method == "spark" and row.seeds == seeds]
+    return row
+
+
+def test_a_distilled_student_is_paired_with_the_one_alone_of_its_seed():
+    alone, other = trained([0.5, 0.7, 0.9]), trained([0.1, 0.1, 0.1], seed=2)
+    rows = compare(
+        [trained([0.6, 0.8, 1.0], method="spark"), other, alone, trained([0.9, 0.9, 0.9], "unet", "teacher")]
+    )
+    row = difference(rows)
+    assert row.mean == pytest.approx(0.8)
+    assert row.difference == pytest.approx(0.1)
+    assert (row.difference_low, row.difference_high) == pytest.approx((0.1, 0.1))
+    assert row.low < 0.7 < 0.9 < row.high
+    assert (row.cases, row.against) == (3, "same seed")
+    assert [row.difference for row in rows if row.method == "none"] == [None] * 4
+    assert rows[0].title == "teacher"
+
+
+def test_without_one_of_its_seed_it_is_compared_with_the_mean_over_seeds():
+    alone = [trained([0.4, 0.6], seed=2), trained([0.6, 0.8], seed=3)]
+    row = difference(compare([trained([0.6, 0.9], method="spark"), *alone]))
+    assert row.difference == pytest.approx(0.15)
+    assert (row.difference_low, row.difference_high) == pytest.approx((0.1, 0.2))
+    assert row.against == "all seeds"
+
+
+@pytest.mark.parametrize(
+    "other", [{"network": "unet"}, {"width": 0.5}, {"task": "tumour"}, {"dataset": "lits"}, {"split": "second"}]
+)
+def test_nothing_is_compared_across_networks_widths_and_data(other):
+    row = difference(compare([trained([0.6, 0.9], method="spark"), trained([0.5, 0.5], **other)]))
+    assert row.difference is None
+    assert row.against is None
+
+
+def test_a_teacher_of_the_same_network_is_no_student_alone():
+    assert difference(compare([trained([0.6], method="spark"), trained([0.5], role="teacher")])).difference is None
+
+
+def test_seeds_are_averaged_by_case_before_the_interval():
+    random = np.random.default_rng(0)
+    runs = []
+    for seed in range(3):
+        alone = random.uniform(0.3, 0.9, 8)
+        runs += [trained(alone, seed=seed), trained(alone + random.normal(0.05, 0.02, 8), method="spark", seed=seed)]
+    rows = compare(runs)
+    assert [row.seeds for row in rows] == ["0", "1", "2"] * 2 + ["3 seeds"] * 2
+    row = difference(rows, "3 seeds")
+    pairs = zip(runs[1::2], runs[::2], strict=True)
+    by_seed = [{case: s.cases[case]["dice"] - a.cases[case]["dice"] for case in s.cases} for s, a in pairs]
+    means = {case: np.mean([values[case] for values in by_seed]) for case in "abcdefgh"}
+    expected = paired_difference(means, dict.fromkeys(means, 0.0))
+    assert row.difference == pytest.approx(expected["mean"])
+    assert (row.difference_low, row.difference_high) == pytest.approx((expected["low"], expected["high"]))
+    assert row.cases == 8
+
+
+def test_students_of_different_teachers_are_of_different_kinds():
+    rows = compare([trained([0.5], method="spark", teacher=t, seed=s) for t in ("unet", "raunet") for s in (1, 2)])
+    assert sorted((row.teacher, row.seeds) for row in rows) == [
+        (teacher, seeds) for teacher in ("raunet", "unet") for seeds in ("1", "2", "2 seeds")
+    ]
+
+
+def test_an_unknown_figure_names_the_known():
+    with pytest.raises(UserError, match="did you mean dice"):
+        compare([trained([0.5])], "dise")
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def logged(store, folder, run, finished=True, experiment="kits-organ"):
+    """Log a job of one stage as a training job does."""
+    parent = open_run(store, experiment, folder.name, folder, {"teacher": run.teacher} if run.teacher else {}, {})
+    keys = ("dataset", "task", "split", "width", "role", "network", "method", "seed", "parameters")
+    tags = {key: str(getattr(run, key)) for key in keys}
+    tracker = open_run(store, experiment, f"{run.role} {run.network}", folder / run.role, tags, {}, parent)
+    if finished:
+        file = folder / run.role / "test_cases.json"
+        write_cases(file, run.cases, task=run.task, split="test", threshold=0.5)
+        tracker.artifact(file)
+    tracker.finish("FINISHED")
+    parent.finish("FINISHED")
+
+
+def test_from_the_runs_to_the_table_and_its_files(store, tmp_path, capsys):
+    alone, spark = trained([0.5, 0.7]), trained([0.6, 0.9], method="spark", teacher="unet")
+    alone.cases["a"]["hd95"] = math.inf
+    logged(store, tmp_path / "old", trained([0.2, 0.2]))
+    logged(store, tmp_path / "alone", alone)
+    logged(store, tmp_path / "spark", spark)
+    logged(store, tmp_path / "killed", trained([0.1], "unet", "teacher"), finished=False)
+    files = ("--csv", "out/rows.csv", "--json", "out/rows.json")
+    assert main(["compare", "--tracking-uri", store, *files]) == 0
+    text = capsys.readouterr().out
+    assert "kits, organ" in text
+    assert "+15.00 [+10.00, +20.00]" in text  # nothing is cut off, however wide
+    assert "student, spark (unet)" in text
+    assert "2.0 (1 missed)" in text
+    assert "not in the table: killed/teacher unet" in text
+    assert "1 older left out" in text
+
+    rows = json.loads((tmp_path / "out" / "rows.json").read_text())
+    assert [(row["network"], row["method"], row["parameters"]) for row in rows] == [
+        ("enet", "none", 353_761),
+        ("enet", "spark", 353_761),
+    ]
+    assert rows[0]["mean"] == pytest.approx(0.6)
+    assert rows[0]["hd95_misses"] == 1
+    assert rows[1]["difference"] == pytest.approx(0.15)
+    with open(tmp_path / "out" / "rows.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["difference"] for line in lines] == ["", str(rows[1]["difference"])]
+
+    logged(store, tmp_path / "lits", trained([0.5]), experiment="lits-organ")
+    assert main(["compare", "--tracking-uri", store]) != 0
+    assert "did you mean kits-organ, lits-organ" in capsys.readouterr().err
+
+
+def test_what_is_no_number_is_a_dash_and_null(store, tmp_path, capsys):
+    run = trained([0.5, 0.5])
+    for figures in run.cases.values():
+        figures["hd95"] = math.inf
+    logged(store, tmp_path / "job", run)
+    assert main(["compare", "--tracking-uri", store, "--figure", "hd95", "--json", "rows.json"]) == 0
+    assert capsys.readouterr().out.count("– (2 missed)") == 2
+    (row,) = json.loads((tmp_path / "rows.json").read_text(), parse_constant=pytest.fail)
+    assert (row["mean"], row["misses"], row["hd95_misses"]) == (None, 2, 2)
+
+
+def test_mistakes_are_one_line(store, tmp_path, capsys):
+    def error(*arguments):
+        assert main(["compare", "--tracking-uri", store, *arguments]) == 2
+        text = capsys.readouterr().err.strip()
+        assert "\n" not in text
+        return text
+
+    assert "no such database" in error()
+    assert not (tmp_path / "mlflow.db").exists()
+    assert "can't be reached" in error("--tracking-uri", "http://127.0.0.1:1")
+    logged(store, tmp_path / "job", trained([0.5]), finished=False)
+    assert "no run in 'kits-organ' has test figures yet" in error()
+    assert "did you mean kits-organ" in error("--experiment", "kits-orgn")
+    logged(store, tmp_path / "other", trained([0.5]))
+    (file,) = (tmp_path / "mlartifacts").rglob("test_cases.json")
+    file.write_text(file.read_text()[:-20])
+    assert "run other/student enet" in error()
+
+
+def test_of_one_kind_and_seed_the_last_is_shown(store, tmp_path):
+    for k, dice in enumerate((0.3, 0.4, 0.4)):  # a teacher that is tested again in the next job is no news
+        logged(store, tmp_path / f"job{k}", trained([dice]))
+    runs, (note,) = load_runs(store)
+    assert [run.cases["a"]["dice"] for run in runs] == [0.4]
+    assert "1 older" in note

@@ -1,0 +1,250 @@
+import pickle
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_tools.errors import UserError
+from data_tools.store import open_store, write_split
+from spark_dist.data.batches import SliceDataset, to_device
+from spark_dist.data.loader import Ahead, blocks_in_use, training_loader
+from spark_dist.data.order import EpochSampler
+from spark_dist.data.slices import slice_table
+from spark_dist.data.views import ORIENTATIONS, UPRIGHT, Crop, orient
+
+
+@pytest.fixture
+def table(tiny_store):
+    return slice_table(open_store(tiny_store), "default", "train", "organ")
+
+
+def test_the_default_crop_is_the_original_one():
+    inside, placed = Crop((384, 384), (-14, -4)).overlap((512, 512))
+    assert inside == (slice(50, 434), slice(60, 444))
+    assert placed == (slice(0, 384), slice(0, 384))
+
+
+@given(
+    plane=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    shift=st.tuples(st.integers(-50, 50), st.integers(-50, 50)),
+)
+def test_crop_puts_every_pixel_where_it_was(plane, size, shift):
+    image = np.arange(1, plane[0] * plane[1] + 1).reshape(plane)
+    inside, placed = Crop(size, shift).overlap(plane)
+    crop = np.zeros(size, int)
+    crop[placed] = image[inside]
+    top, left = ((plane[k] - size[k]) // 2 + shift[k] for k in range(2))
+    for row in range(size[0]):
+        for column in range(size[1]):
+            y, x = top + row, left + column
+            expected = image[y, x] if 0 <= y < plane[0] and 0 <= x < plane[1] else 0
+            assert crop[row, column] == expected
+
+
+def turned(image, orientation):
+    """What an orientation is: flipped left to right if it is 4 or more, then quarter turns."""
+    return np.rot90(image[:, ::-1] if orientation >= 4 else image, orientation % 4)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.uint8, np.float32])
+def test_orientations_are_flips_and_quarter_turns(dtype):
+    image = np.arange(1, 200, dtype=dtype)[:165].reshape(11, 15)[2:, 1:14]  # a view, as crops are
+    for k in range(ORIENTATIONS):
+        np.testing.assert_array_equal(orient(image, k), turned(image, k))
+
+
+def test_the_eight_orientations_differ_and_keep_the_pixels():
+    image = np.arange(16, dtype=np.int16).reshape(4, 4)
+    views = [orient(image, k) for k in range(ORIENTATIONS)]
+    assert len({view.tobytes() for view in views}) == ORIENTATIONS
+    assert all(np.array_equal(np.sort(view, axis=None), np.arange(16)) for view in views)
+    assert np.array_equal(views[0], image)
+
+
+def test_batches_hold_windowed_slices_and_their_masks(table):
+    crop = Crop((32, 32), (1, -2))
+    keys = [ORIENTATIONS * row + row % ORIENTATIONS for row in range(9)]
+    batch = to_device(SliceDataset(table, crop).__getitems__(keys), "tumour", torch.device("cpu"))
+    for n, key in enumerate(keys):
+        case = table.cases[table.case[key // ORIENTATIONS]]
+        z = table.slice[key // ORIENTATIONS]
+        group = zarr.open_group(table.store.path / "cases" / case, mode="r")
+        inside, placed = crop.overlap(group["image"].shape[1:])
+        image, label = np.full((32, 32), -200.0), np.zeros((32, 32))
+        image[placed], label[placed] = group["image"][z][inside], group["label"][z][inside]
+        image = turned(np.clip((image + 200) / 500, 0, 1) * 2 - 1, key % ORIENTATIONS)
+        np.testing.assert_allclose(batch.image[n, 0], image, atol=1e-6)
+        np.testing.assert_array_equal(batch.mask[n, 1], turned(label == 2, key % ORIENTATIONS))
+        np.testing.assert_array_equal(batch.mask[n].sum(dim=0), 1)
+
+
+@given(
+    n=st.integers(6, 200),
+    batch_size=st.integers(6, 32),
+    world=st.integers(1, 3),
+    choices=st.sampled_from([range(8), UPRIGHT, (0,)]),
+)
+@settings(max_examples=60)
+def test_an_epoch_is_every_slice_once_whatever_the_number_of_processes(n, batch_size, world, choices):
+    def batches(rank, world):
+        return list(EpochSampler(n, batch_size, 7, choices, rank, world))
+
+    whole, parts = batches(0, 1), [batches(rank, world) for rank in range(world)]
+    assert [[key for part in parts for key in part[k]] for k in range(len(whole))] == whole
+    assert sorted(key // ORIENTATIONS for batch in whole for key in batch) == list(range(n))
+    sizes = [len(batch) for batch in whole]
+    assert max(sizes) <= batch_size
+    assert max(sizes) - min(sizes) <= 1
+    samplers = [EpochSampler(n, batch_size, 7, choices, rank, world) for rank in range(world)]
+    for step, size in enumerate(sizes):
+        for rank, sampler in enumerate(samplers):
+            assert sampler.weight(step) == pytest.approx(len(parts[rank][step]) * world / size)
+
+
+def test_every_orientation_comes_once_in_a_block_of_eight_epochs():
+    seen = Counter()
+    for epoch in range(8):
+        sampler = EpochSampler(21, 8, 3, range(8))
+        sampler.epoch = epoch
+        seen.update(key for batch in sampler for key in batch)
+    assert seen == Counter(range(21 * ORIENTATIONS))
+
+
+def test_an_epoch_can_be_entered_in_the_middle():
+    sampler, late = EpochSampler(50, 8, 3, range(8)), EpochSampler(50, 8, 3, range(8))
+    sampler.epoch = late.epoch = 4
+    late.start = 3
+    assert list(late) == list(sampler)[3:]
+
+
+def test_too_many_processes_for_a_batch_is_refused():
+    with pytest.raises(UserError, match="batch_size"):
+        EpochSampler(5, 2, 0, (0,), 0, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_workers_give_the_same_batches(table, workers):
+    """Also to one who takes his time, while the workers go on filling their blocks, or who leaves in the middle."""
+    dataset = SliceDataset(table, Crop((32, 32)))
+    dataset.__getitems__([0, 1])  # opened in the parent before the workers start
+    sampler = EpochSampler(len(table), 1, 0, range(8))
+    plain = [dataset.__getitems__(keys) for keys in sampler]
+    loader = training_loader(dataset, sampler, workers)
+    assert len(plain) > workers * blocks_in_use(workers)
+    for wait, end in ((0.02, len(plain)), (0, 9), (0, len(plain))):
+        for n, (a, b) in enumerate(zip(plain, loader, strict=True)):
+            time.sleep(wait)
+            for name in ("image", "label", "window", "keys"):
+                assert torch.equal(a[name], b[name]), (n, name)
+                assert b[name].untyped_storage().data_ptr() == loader.blocks.data_ptr(), "not handed over in a block"
+            if n == end:
+                break
+
+
+@pytest.mark.parametrize(
+    ("start", "persistent", "workers"),
+    [
+        ("fork", False, 1),
+        ("fork", True, 2),
+        pytest.param("spawn", True, 1, marks=pytest.mark.slow),
+        pytest.param("forkserver", False, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_workers_do_not_hang_when_the_parent_has_read_before(tiny_store, start, persistent, workers):
+    # In a process of its own, as TensorStore aborts one that was forked after its first use.
+    code = f"""
+from pathlib import Path
+import torch
+from torch.utils.data import DataLoader
+from data_tools.store import open_store
+from spark_dist.data.shared_memory import packed
+from spark_dist.data.views import Crop
+from spark_dist.data.batches import SliceDataset
+from spark_dist.data.slices import slice_table
+
+if __name__ == "__main__":
+    table = slice_table(open_store(Path({str(tiny_store)!r})), "default", "train", "organ")
+    dataset = SliceDataset(table, Crop((32, 32)))
+    keys = [[0, 9, 18], [27, 36]]
+    read = [dataset.__getitems__(batch)["image"] for batch in keys]
+    loader = DataLoader(
+        dataset, batch_sampler=keys, collate_fn=packed, timeout=60, num_workers={workers},
+        persistent_workers={persistent}, multiprocessing_context={start!r},
+    )
+    for epoch in range(2):
+        for a, b in zip(read, loader, strict=True):
+            assert torch.equal(a, b["image"])
+"""
+    script = tiny_store.parent / f"{start}{persistent}{workers}.py"
+    script.write_text(code)
+    done = subprocess.run([sys.executable, script], check=False, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_damaged_chunk_names_case_and_slice(tiny_store, tmp_path):
+    copy = tmp_path / "copy.zarr"
+    shutil.copytree(tiny_store, copy)
+    table = slice_table(open_store(copy), "default", "train", "organ")
+    shard = copy / "cases" / "case_00000" / "image" / "c" / "0" / "0" / "0"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 16
+    shard.write_bytes(data)
+    dataset = SliceDataset(table, Crop((32, 32)))
+    rows = np.flatnonzero(table.case == 0)
+    with pytest.raises(UserError, match=r"case_00000 slice \d+ is damaged"):
+        [dataset.__getitems__([int(row) * ORIENTATIONS]) for row in rows]
+    shard.unlink()
+    with pytest.raises(UserError, match="case_00000 slice"):
+        SliceDataset(table, Crop((32, 32))).__getitems__([int(rows[0]) * ORIENTATIONS])
+
+
+def test_a_part_without_the_target_is_refused(tiny_store, tmp_path):
+    copy = tmp_path / "copy.zarr"
+    shutil.copytree(tiny_store, copy)
+    write_split(copy, "empty", {"train": [], "val": ["case_00001"], "test": ["case_00002"], "seed": 0})
+    with pytest.raises(UserError, match="train part of split 'empty' has no slice with tumour"):
+        slice_table(open_store(copy), "empty", "train", "tumour")
+    with pytest.raises(UserError, match="did you mean default"):
+        slice_table(open_store(copy), "defalt", "train", "organ")
+
+
+def test_the_dataset_can_be_sent_to_a_worker_after_use(table):
+    dataset = SliceDataset(table, Crop((32, 32)))
+    first = dataset.__getitems__([8, 17])
+    again = pickle.loads(pickle.dumps(dataset)).__getitems__([8, 17])
+    assert torch.equal(first["image"], again["image"])
+
+
+def test_batches_read_ahead_come_in_order_and_errors_with_them():
+    class Loader(list):
+        batch_sampler = dataset = None
+
+        def __iter__(self):
+            for item in super().__iter__():
+                if isinstance(item, Exception):
+                    raise item
+                time.sleep(0.02)
+                yield item
+
+    ahead = Ahead(Loader(range(5)))
+    assert list(ahead) == list(ahead) == [0, 1, 2, 3, 4]
+    assert 0 < ahead.waited < 10
+    before = threading.active_count()
+    for item in Ahead(Loader(range(100))):
+        if item == 3:
+            break
+    with pytest.raises(UserError, match="this slice"):
+        list(Ahead(Loader([1, UserError("this slice")])))
+    assert threading.active_count() == before

@@ -1,0 +1,85 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.image import imread
+
+from spark_dist.evaluation.figures import MISSED, TARGET, WRONG, around, curves_figure, prediction_figure
+
+
+def shares(path, first=0.0, last=1.0):
+    """Of the columns between two fractions of the width: how much has the hue of each colour."""
+    pixels = imread(path)[:-60, :, :3]
+    pixels = pixels[:, int(first * pixels.shape[1]) : int(last * pixels.shape[1])]
+    pixels = pixels - pixels.mean(axis=2, keepdims=True)
+    hues = {}
+    for name, colour in (("target", TARGET), ("missed", MISSED), ("wrong", WRONG)):
+        hue = np.subtract(to_rgb(colour), np.mean(to_rgb(colour)))
+        along = pixels @ hue / np.linalg.norm(hue)
+        hues[name] = ((along > 0.1) & (along > 0.98 * np.linalg.norm(pixels, axis=2))).mean()
+    return hues
+
+
+def row(truth, *predictions):
+    named = {f"network {k}": (prediction, 0.5) for k, prediction in enumerate(predictions)}
+    image = np.full(truth.shape, -0.5)
+    return {"case": "case_00000", "slice": 3, "image": image, "truth": truth, "predictions": named}
+
+
+def square(rows, columns):
+    region = np.zeros((64, 64), bool)
+    region[slice(*rows), slice(*columns)] = True
+    return region
+
+
+@pytest.mark.parametrize(
+    ("prediction", "seen"),
+    [
+        (square((20, 30), (20, 30)), {"target"}),
+        (square((20, 30), (25, 30)), {"target", "missed"}),
+        (square((20, 30), (20, 40)), {"target", "wrong"}),
+        (square((0, 0), (0, 0)), {"missed"}),
+        (square((40, 50), (40, 50)), {"missed", "wrong"}),
+    ],
+)
+def test_colours_say_what_is_right_missed_and_wrong(tmp_path, prediction, seen):
+    path = tmp_path / "new" / "picture.png"
+    prediction_figure([row(square((20, 30), (20, 30)), prediction)], path)
+    assert {name for name, share in shares(path, 0.7, 1.0).items() if share > 1e-3} == seen
+    assert {name for name, share in shares(path, 0.4, 0.6).items() if share > 1e-3} == {"target"}
+    assert not any(shares(path, 0.0, 0.3).values())
+
+
+def test_there_is_a_row_for_each_slice_and_a_column_for_each_network(tmp_path):
+    truth = square((20, 30), (20, 30))
+    sizes = {}
+    for slices, networks in ((1, 1), (3, 1), (1, 3)):
+        prediction_figure([row(truth, *[truth] * networks)] * slices, tmp_path / "picture.png")
+        sizes[slices, networks] = imread(tmp_path / "picture.png").shape
+    assert sizes[3, 1][0] > 2 * sizes[1, 1][0]
+    assert sizes[1, 3][1] == pytest.approx(sizes[1, 1][1] * 5 / 3, rel=0.01)
+
+
+@pytest.mark.parametrize("region", [square((0, 3), (60, 64)), square((0, 64), (0, 64)), square((0, 64), (30, 31))])
+def test_the_window_holds_the_region(region):
+    assert region[around(region)].sum() == region.sum()
+
+
+def test_a_slice_without_a_target_is_shown_whole(tmp_path):
+    nothing = square((0, 0), (0, 0))
+    assert nothing[around(nothing)].shape == nothing.shape
+    prediction_figure([row(nothing, nothing)], tmp_path / "picture.png")
+    assert not any(shares(tmp_path / "picture.png").values())
+
+
+def test_curves(tmp_path):
+    histories = {"teacher": [(1, 0.3), (2, 0.7)], "student": [(1, 0.2)]}
+    curves_figure(histories, "val Dice", tmp_path / "new" / "curves.png")
+    assert imread(tmp_path / "new" / "curves.png").std() > 0.01
+
+
+def test_pictures_need_no_display_and_leave_pyplot_alone():
+    code = "import spark_dist.evaluation.figures, sys; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

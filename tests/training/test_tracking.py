@@ -1,0 +1,286 @@
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+from data_tools.errors import UserError
+from spark_dist.training.tracking import (
+    BATCH,
+    Tracker,
+    absolute_uri,
+    batches,
+    make_client,
+    null_tracker,
+    open_run,
+    read_journal,
+    sync,
+)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return f"sqlite:///{tmp_path}/mlflow.db"
+
+
+@pytest.fixture
+def port():
+    """A closed port of this machine."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def state(folder):
+    return json.loads((folder / "tracking.json").read_text())
+
+
+def history(uri, folder, key):
+    found = make_client(uri).get_metric_history(state(folder)["run_id"], key)
+    return sorted((metric.step, metric.value) for metric in found)
+
+
+def runs(uri, experiment="e"):
+    client = make_client(uri)
+    return client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+
+
+def wait_until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_a_run_and_its_child_reach_mlflow(store, tmp_path):
+    tags, params = {"seed": "1"}, {"lr": 0.1, "long": "x" * 9000} | {f"weight{k}": k for k in range(150)}
+    parent = open_run(store, "phantom-organ", "job", tmp_path / "job", tags, params)
+    child = open_run(store, "phantom-organ", "student", tmp_path / "job" / "student", {}, {}, parent)
+    for step in range(250):
+        child.metrics({"loss": step / 2, "dice": 0.5}, step)
+    (tmp_path / "figure.png").write_bytes(b"png")
+    child.artifact(tmp_path / "figure.png", "figures")
+    child.tags({"method": "spark"})
+    child.finish("FINISHED")
+    parent.finish("FAILED")
+    client = make_client(store)
+    run = client.get_run(child.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "student"
+    assert run.data.tags["mlflow.parentRunId"] == parent.run_id
+    assert run.data.tags["method"] == "spark"
+    assert history(store, child.folder, "loss") == [(step, step / 2) for step in range(250)]
+    assert [file.path for file in client.list_artifacts(child.run_id, "figures")] == ["figures/figure.png"]
+    assert (tmp_path / "mlartifacts" / child.run_id / "artifacts" / "figures" / "figure.png").exists()
+    run = client.get_run(parent.run_id)
+    assert run.info.status == "FAILED"
+    assert run.data.tags["seed"] == "1"
+    assert run.data.params["lr"] == "0.1"
+    assert len(run.data.params) == 152
+    assert "x" * 1000 in run.data.params["long"]
+    assert "system/memory_mib" in run.data.metrics
+
+
+def test_a_resumed_run_goes_on_without_a_step_twice(store, tmp_path):
+    first = open_run(store, "e", "r", tmp_path / "r", {"world_size": "1"}, {})
+    for step in range(5):
+        first.metrics({"loss": step}, step)
+    first.finish("KILLED")
+    with open(tmp_path / "r" / "tracking.jsonl", "a") as journal:
+        journal.write('{"time": 1, "metr')  # as a killed process leaves it
+    second = open_run(store, "e", "r", tmp_path / "r", {"world_size": "2"}, {})
+    wait_until(lambda: runs(store)[0].info.status == "RUNNING")
+    for step in range(3, 8):
+        second.metrics({"loss": step}, step)
+    second.finish("FINISHED")
+    assert second.run_id == first.run_id
+    assert history(store, tmp_path / "r", "loss") == [(step, step) for step in range(8)]
+    assert len([key for _, e in read_journal(tmp_path / "r") for key in e.get("metrics", ()) if key == "loss"]) == 8
+    (run,) = runs(store)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["world_size"] == "2"
+
+
+def test_a_dead_server_costs_nothing_and_loses_nothing(port, store, tmp_path, caplog):
+    nowhere = f"http://127.0.0.1:{port}"
+    start = time.monotonic()
+    parent = open_run(nowhere, "e", "job", tmp_path / "job", {}, {})
+    child = open_run(nowhere, "e", "student", tmp_path / "job" / "student", {}, {}, parent)
+    for step in range(100):
+        child.metrics({"loss": step}, step)
+    (tmp_path / "job" / "student" / "best").write_text("weights")
+    child.artifact(tmp_path / "job" / "student" / "best")
+    assert time.monotonic() - start < 1
+    for tracker in (child, parent):
+        start = time.monotonic()
+        tracker.finish("FINISHED")
+        assert time.monotonic() - start < 15
+    warned = [record.getMessage() for record in caplog.records]
+    assert ["training goes on" in warned[0], *("kept in" in text for text in warned[1:])] == [True] * 3
+    assert child.run_id is None
+    with pytest.raises(UserError, match="can't be reached"):
+        sync(tmp_path / "job", nowhere)
+
+    (tmp_path / "job").rename(tmp_path / "elsewhere")
+    assert sync(tmp_path / "elsewhere", store) >= 105
+    assert sync(tmp_path / "elsewhere", store) == 0
+    folder = tmp_path / "elsewhere" / "student"
+    assert history(store, folder, "loss") == [(step, step) for step in range(100)]
+    client = make_client(store)
+    assert [file.path for file in client.list_artifacts(state(folder)["run_id"])] == ["best"]
+    run = client.get_run(state(folder)["run_id"])
+    assert run.data.tags["mlflow.parentRunId"] == state(tmp_path / "elsewhere")["run_id"]
+    assert run.info.status == "FINISHED"
+
+
+def test_what_is_sent_twice_counts_once(store, tmp_path):
+    """A process may die, or an answer get lost, between the server's work and the note of it."""
+    tracker = open_run(store, "e", "r", tmp_path / "r", {}, {"lr": 1})
+    for step in range(5):
+        tracker.metrics({"loss": step}, step)
+    tracker.finish("FINISHED")
+    (tmp_path / "r" / "tracking.json").unlink()
+    assert sync(tmp_path / "r", store) > 0
+    assert [run.info.run_id for run in runs(store)] == [tracker.run_id]
+    assert history(store, tmp_path / "r", "loss") == [(step, step) for step in range(5)]
+
+
+def test_a_run_that_goes_on_with_another_server_is_there_as_a_whole(store, tmp_path):
+    first = open_run(store, "e", "r", tmp_path / "r", {}, {})
+    first.metrics({"loss": 1}, 1)
+    first.finish("KILLED")
+    other = f"sqlite:///{tmp_path}/other.db"
+    second = open_run(other, "e", "r", tmp_path / "r", {}, {})
+    second.metrics({"loss": 2}, 2)
+    second.finish("FINISHED")
+    assert history(other, tmp_path / "r", "loss") == [(1, 1), (2, 2)]
+
+
+def test_what_the_server_refuses_does_not_hold_up_the_rest(store, tmp_path, caplog):
+    tracker = open_run(store, "e", "r", tmp_path / "r", {}, {})
+    for step in range(3):
+        tracker.metrics({"loss": step, "no such*name?": 1} if step == 1 else {"loss": step}, step)
+    tracker.artifact(tmp_path / "nothing.png")
+    tracker.finish("FINISHED")
+    assert history(store, tmp_path / "r", "loss") == [(0, 0), (2, 2)]
+    assert runs(store)[0].info.status == "FINISHED"
+    assert "refuses" in caplog.text
+    assert "nothing.png is gone" in caplog.text
+    assert "training goes on" not in caplog.text
+
+
+def test_only_what_is_new_in_the_journal_is_read(tmp_path):
+    (tmp_path / "tracking.jsonl").write_text('{"step": 1}\n{"step": 2}\n\0\0\n{"step": 3}\n{"st')
+    events = list(read_journal(tmp_path))
+    assert [event for _, event in events] == [{"step": 1}, {"step": 2}, {}, {"step": 3}]
+    assert [event for _, event in read_journal(tmp_path, events[1][0])] == [{}, {"step": 3}]
+    assert not list(read_journal(tmp_path, events[-1][0]))
+
+
+def test_requests_hold_no_more_metrics_than_mlflow_takes():
+    metrics = {"metrics": dict.fromkeys(map(str, range(40)), 0.0)}
+    events = [*enumerate([metrics] * 30), (30, {"status": "FINISHED"}), (31, metrics)]
+    found = list(batches(iter(events)))
+    assert [event for batch in found for event in batch] == events
+    assert all(sum(len(e.get("metrics", ())) for _, e in batch) <= BATCH for batch in found)
+    assert [(30, {"status": "FINISHED"})] in found
+    assert len(found) == 3 + 1 + 1
+
+
+def test_other_processes_have_all_methods_of_a_tracker():
+    nothing = null_tracker()
+    assert {name for name in vars(Tracker) if not name.startswith("_")} <= set(dir(nothing))
+    nothing.metrics({"loss": 1}, 1)
+    nothing.artifact("nowhere")
+    nothing.tags({})
+    nothing.finish("FINISHED")
+    assert nothing.run_id is None
+
+
+def test_a_folder_without_a_journal(tmp_path, store):
+    with pytest.raises(UserError, match="no journal"):
+        sync(tmp_path, store)
+
+
+def test_a_relative_database_is_made_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert absolute_uri("sqlite:///mlflow.db") == f"sqlite:///{tmp_path}/mlflow.db"
+    assert absolute_uri("http://host:5000") == "http://host:5000"
+
+
+def test_jobs_that_start_together_make_one_database(store, tmp_path):
+    code = "import sys; from spark_dist.training.tracking import make_client; make_client(sys.argv[1])"
+    started = [subprocess.Popen([sys.executable, "-c", code, store]) for _ in range(3)]
+    assert [process.wait(120) for process in started] == [0, 0, 0]
+    assert make_client(store).search_experiments()
+
+
+@pytest.fixture
+def server(tmp_path, port):
+    """A function that starts an MLflow server (always the same one) and returns its process when it answers."""
+    started = []
+
+    def start():
+        line = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
+        line += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db"]
+        line += ["--artifacts-destination", str(tmp_path / "server-artifacts")]
+        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with open(tmp_path / "server.log", "a") as output:
+            process = subprocess.Popen(line, env=environment, stdout=output, stderr=output, start_new_session=True)
+        started.append(process)
+        for _ in range(600):
+            assert process.poll() is None, (tmp_path / "server.log").read_text()
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+                return process
+            except OSError:
+                time.sleep(0.2)
+        raise AssertionError("the server does not answer")
+
+    yield start
+    for process in started:
+        kill(process)
+
+
+def kill(process):
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_and_comes_back_has_everything_once(server, port, tmp_path, caplog, capfd):
+    uri = f"http://127.0.0.1:{port}"
+    process = server()
+    parent = open_run(uri, "e", "job", tmp_path / "job", {}, {})
+    child = open_run(uri, "e", "student", tmp_path / "job" / "student", {"role": "student"}, {"lr": 1}, parent)
+    for step in range(20):
+        child.metrics({"loss": step}, step)
+    wait_until(lambda: child.run_id and not child.sender.left())
+    kill(process)
+    for step in range(20, 40):
+        child.metrics({"loss": step, "hd95": math.nan}, step)
+    weights = tmp_path / "job" / "student" / "best.safetensors"
+    weights.write_bytes(b"weights")
+    child.artifact(weights)
+    wait_until(lambda: "training goes on" in caplog.text)
+    server()
+    wait_until(lambda: not child.sender.left())
+    child.metrics({"loss": 40}, 40)
+    child.finish("FINISHED")
+    parent.finish("FINISHED")
+    assert "kept in" not in caplog.text
+    assert history(uri, child.folder, "loss") == [(step, step) for step in range(41)]
+    run = make_client(uri).get_run(child.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["mlflow.parentRunId"] == parent.run_id
+    assert math.isnan(run.data.metrics["hd95"])
+    assert [file.path for file in make_client(uri).list_artifacts(child.run_id)] == ["best.safetensors"]
+    assert len(runs(uri)) == 2
+    assert capfd.readouterr().out == ""
