@@ -16,6 +16,9 @@ SHARED = Path(os.environ.get("SPARK_DIST_SHARED", ROOT.parent / "shared"))
 
 def pytest_addoption(parser):
     parser.addoption("--write-tables", action="store_true", help="write the tables of docs/ that tests make")
+    parser.addoption(
+        "--record-traces", action="store_true", help="record what tests/test_golden_traces.py compares with"
+    )
 
 
 @pytest.fixture(scope="session")
