@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:-quickstart}")
 tracking="sqlite:///$out/mlflow.db"
 recipe=(--config launch/recipes/phantom.yaml --dataset "$out/phantom.zarr" --tracking-uri "$tracking")
-launch=(accelerate launch --config_file accelerate_config.yaml)
+launch=(accelerate launch --config-file accelerate_config.yaml)
 mkdir -p "$out"
 
 step() { printf '\n\033[1m== %s\033[0m\n' "$*"; }

@@ -1,8 +1,13 @@
 """Teacher caches: fill one ahead of training, list, check, remove: spark-dist cache --list
 
 Filling takes the options of the distill job that the cache is for, and any number of processes:
-accelerate launch --config_file accelerate_config.yaml -m spark_dist.cache --config RECIPE --teacher-checkpoint FILE
+accelerate launch --config-file accelerate_config.yaml -m spark_dist.cache --config RECIPE --teacher-checkpoint FILE
 """
+
+if __name__ == "__main__":
+    from spark_dist.cli import module_main
+
+    module_main("spark_dist.cache")
 
 import json
 import shutil
@@ -33,8 +38,8 @@ from spark_dist.training.frozen_teacher import frozen_teacher, matching_cache
 from spark_dist.training.job import Job
 from spark_dist.training.tracking import null_tracker
 
-from .cli import module_main
 from .config import DistillOptions
+from .options import Natural
 
 FLUSH_SECONDS = 60
 """How much work of each process is lost at most when it is killed."""
@@ -50,9 +55,9 @@ class CacheOptions(DistillOptions):
     """What is segmented: the organ with its tumours, or the tumours."""
     list: bool = False
     """Show the caches in the cache folder: what each belongs to, its size and age."""
-    prune: int | None = None
+    prune: Natural | None = None
     """Remove the caches that no job has used for so many days (0: all), and what killed jobs left."""
-    verify: int = 0
+    verify: Natural = 0
     """Compute so many random entries again with the teacher, and compare."""
 
 
@@ -231,7 +236,3 @@ def age(path: Path) -> str:
         if minutes < 2880
         else f"{minutes / 1440:.0f} d ago"
     )
-
-
-if __name__ == "__main__":
-    module_main("spark_dist.cache")

@@ -1,19 +1,17 @@
-"""From a command line or a recipe to options, and from a mistake to one line."""
+"""From a command line to a command, and from a mistake to one line.
 
+Nothing here imports what takes long, so that Ctrl-C is understood from the start.
+"""
+
+import io
 import os
-import re
+import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
-
-import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
 
 from data_tools.errors import Interrupted, UserError, unknown_name
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 COMMANDS = {
     "train": "train a network without a teacher",
@@ -30,11 +28,14 @@ COMMANDS = {
 
 REQUEUE = 75
 """Exit code of a job that was told to stop, saved its state and wants to be started again (EX_TEMPFAIL)."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`spark-dist COMMAND …`."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    print_anything()
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: spark-dist COMMAND [options]   (spark-dist COMMAND --help lists them)\n")
         print("\n".join(f"  {name:10} {what}" for name, what in COMMANDS.items()))
@@ -48,10 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def command(module: str, argv: Sequence[str] | None = None, program: str | None = None) -> int:
     """Run a command's module with the options on the command line. Returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    print_anything()
     try:
         # The modules import torch, which takes seconds: only the one that is needed is loaded.
-        loaded = import_module(module)
-        loaded.run(parse(loaded.OPTIONS, argv, program or f"python -m {module}"))
+        with ended_by_interrupt():
+            loaded, parsing = import_module(module), import_module("spark_dist.parsing")
+        loaded.run(parsing.parse(loaded.OPTIONS, argv, program or f"python -m {module}"))
         return 0
     except UserError as error:
         # One that comes from a loader's worker brings the worker's traceback along, and ends with its own line.
@@ -75,7 +78,35 @@ def command(module: str, argv: Sequence[str] | None = None, program: str | None 
         return 1
     except KeyboardInterrupt:
         say_error("interrupted")
-        return 130
+        return INTERRUPTED
+
+
+@contextmanager
+def ended_by_interrupt() -> Iterator[None]:
+    """Ctrl-C ends the process at once: an exception in the middle of an import may come out as another one, or not at
+    all."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:
+        yield
+        return
+
+    def end(number, frame) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, b"interrupted\n")
+        os._exit(INTERRUPTED)
+
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def print_anything() -> None:
+    """A character that the terminal does not have is printed as a question mark."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def say_error(text: str) -> None:
@@ -86,77 +117,6 @@ def say_error(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def parse(options: type, argv: Sequence[str], program: str) -> Any:
-    """An `options` object from arguments and an optional recipe (`--config FILE`, YAML); arguments win.
-
-    A dataclass field with `positional` (its help) in its metadata is an argument without `--`.
-
-    Raises `UserError` for anything that does not fit.
-    """
-    argv = [re.sub(r"^--[a-z][a-z0-9.-]*", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv]
-    argv = with_values(argv, {f"--{field.name}" for field in fields(options) if field.type is bool})
-    parser = ArgumentParser(prog=program, exit_on_error=False, allow_abbrev=False, description=options.__doc__)
-    parser.add_argument("--config", metavar="FILE", help="Recipe: a YAML file of options (train and distill).")
-    positional = [field for field in fields(options) if "positional" in field.metadata]
-    for field in positional:
-        parser.add_argument(field.name, nargs=field.metadata.get("nargs"), help=field.metadata["positional"])
-    parser.add_class_arguments(options, skip={field.name for field in positional})
-    try:
-        parser.set_defaults(read_recipe(recipe, options) if (recipe := _config_argument(argv)) else {})
-        parsed = parser.parse_args(argv)
-    except UserError:
-        raise
-    except Exception as error:
-        message = " ".join(str(error).split())
-        raise UserError(f"{message} (see {program} --help)") from None
-    return options(**{field.name: getattr(parsed, field.name) for field in fields(options)})
-
-
-def with_values(argv: Sequence[str], switches: set[str]) -> list[str]:
-    """Arguments in which a switch without a value has `true`."""
-    found = []
-    for position, argument in enumerate(argv):
-        found.append(argument)
-        if argument in switches and (position + 1 == len(argv) or argv[position + 1].startswith("--")):
-            found.append("true")
-    return found
-
-
-def _config_argument(argv: Sequence[str]) -> str | None:
-    for position, argument in enumerate(argv):
-        if argument == "--config":
-            return argv[position + 1] if position + 1 < len(argv) else None
-        if argument.startswith("--config="):
-            return argument.removeprefix("--config=")
-    return None
-
-
-def read_recipe(path: str, options: type) -> dict[str, Any]:
-    """The recipe's settings that are among `options`.
-
-    One recipe serves both train and distill, so each takes what it knows; a key that neither knows is an error.
-    """
-    try:
-        with open(path) as file:
-            recipe = yaml.safe_load(file) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: can't be read as a recipe ({' '.join(str(error).split())})") from None
-    if not isinstance(recipe, dict):
-        raise UserError(f"{path}: a recipe is a list of 'option: value' lines")
-    known = recipe_keys() | {field.name for field in fields(options)}
-    for key in recipe:
-        if key not in known:
-            raise UserError(f"{path}: {unknown_name('option', key, known)}")
-    return {key: value for key, value in recipe.items() if key in {field.name for field in fields(options)}}
-
-
-def recipe_keys() -> set[str]:
-    """The options of train and distill."""
-    from .config import DistillOptions, TrainOptions
-
-    return {field.name for options in (TrainOptions, DistillOptions) for field in fields(options)}
-
-
 def module_main(module: str) -> None:
-    """What `python -m` of a command's module runs."""
+    """What `python -m` of a command's module runs, before it imports anything else."""
     sys.exit(command(module))

@@ -1,5 +1,10 @@
 """A table of MLflow runs: teacher, student alone, student distilled: spark-dist compare --experiment NAME"""
 
+if __name__ == "__main__":
+    from spark_dist.cli import module_main
+
+    module_main("spark_dist.compare")
+
 import csv
 import json
 import math
@@ -21,9 +26,11 @@ from spark_dist.evaluation.intervals import paired_difference, summarise
 from spark_dist.evaluation.metrics import read_cases
 from spark_dist.training.tracking import SQLITE, absolute_uri, brief, make_client
 
+from .options import Options
+
 
 @dataclass(kw_only=True)
-class CompareOptions:
+class CompareOptions(Options):
     """Compare the runs of an experiment on their test cases."""
 
     experiment: str = ""

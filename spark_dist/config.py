@@ -1,4 +1,5 @@
-"""The options of `train` and `distill`: their names, defaults and help. The defaults are the original system's."""
+"""The options of `train` and `distill`: their names, defaults and help, in groups. The defaults are the original
+system's."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,10 +8,26 @@ from typing import Literal
 from data_tools.errors import UserError
 from spark_dist.data.views import ORIENTATIONS, UPRIGHT, Crop
 
+from .options import (
+    Count,
+    Decay,
+    Minutes,
+    Natural,
+    NonNegative,
+    Number,
+    Offset,
+    Options,
+    Pixels,
+    Probability,
+    Seed,
+    Width,
+    Workers,
+)
+
 
 @dataclass(kw_only=True)
-class TrainingOptions:
-    """What training with and without a teacher have in common."""
+class DataOptions(Options):
+    """Data"""
 
     dataset: Path
     """Slice store made by spark-data prepare."""
@@ -20,85 +37,114 @@ class TrainingOptions:
     """Name of the split in the store."""
     slices: Literal["labelled", "all"] = "labelled"
     """Train on the slices that show the target, or on all."""
-    crop: int | tuple[int, int] = 384
+    crop: Pixels | tuple[Pixels, Pixels] = 384
     """Size of the crop in pixels: one side of a square, or [rows, columns]."""
-    crop_shift: tuple[int, int] = (-14, -4)
+    crop_shift: tuple[Offset, Offset] = (-14, -4)
     """How far the crop lies off the slice's centre, in pixels [rows, columns]; the default is [50:434, 60:444] of a
     512×512 slice."""
     augment: bool = True
-    """Train on flips and quarter turns (a rectangular crop: flips and half turns)."""
-    batch_size: int = 16
+    """Data augmentation: train on flips and quarter turns (a rectangular crop: flips and half turns)."""
+    support_slices: Count = 64
+    """Training slices that universeg is shown as examples."""
+    workers: Workers = 0
+    """Data loader processes that read batches ahead, for each training process (0: none; slices are decoded in
+    threads)."""
+
+
+@dataclass(kw_only=True)
+class OptimisationOptions(Options):
+    """Optimisation"""
+
+    batch_size: Count = 16
     """Slices for each optimizer step, over all processes together."""
-    accumulate: int = 1
-    """Parts in which a batch is computed one after another, so that it needs less memory. What looks across samples
-    (batch normalisation, soft Dice, methods that compare samples) then sees a part."""
-    epochs: int = 90
-    """Passes over the training slices."""
-    lr: float = 1e-3
-    """Adam's learning rate at the start."""
-    lr_min: float = 1e-6
-    """Learning rate that the cosine schedule ends at."""
-    scale_lr: bool = False
-    """Multiply both learning rates by batch_size / 16, the linear rule of Goyal et al. (arXiv 1706.02677). The number
-    of processes never enters: batch_size is over all of them."""
-    clip: float = 0.0
-    """Largest norm of the gradient; a longer one is scaled down to it (0: never)."""
-    ema: float = 0.0
-    """Decay of an exponential moving average of the student, for instance 0.999, which is validated and saved in the
-    student's place (0: none)."""
+    accumulate: Count = 1
+    """Gradient accumulation: parts in which a batch is computed one after another, so that it needs less memory. What
+    looks across samples (batch normalisation, soft Dice, methods that compare samples) then sees a part."""
+    clip: NonNegative = 0.0
+    """Gradient clipping: largest norm of the gradient; a longer one is scaled down to it (0: never)."""
+    ema: Decay = 0.0
+    """Decay of an exponential moving average (EMA) of the student's weights, for instance 0.999, which is validated and
+    saved in the student's place (0: none)."""
     sync_batchnorm: bool = False
-    """Batch normalisation over the global batch rather than each process's share. Needs GPUs."""
+    """Synchronised batch normalisation: over the global batch rather than each process's share. Needs GPUs."""
+    seed: Seed = 3407
+    """Random seed of weights, order, orientations and dropout."""
+
+
+@dataclass(kw_only=True)
+class ScheduleOptions(Options):
+    """Schedule"""
+
+    epochs: Count = 90
+    """Passes over the training slices."""
+    lr: NonNegative = 1e-3
+    """Adam's learning rate at the start."""
+    lr_min: NonNegative = 1e-6
+    """Learning rate that the cosine schedule (cosine annealing) ends at."""
+    scale_lr: bool = False
+    """Linear scaling rule: multiply both learning rates by batch size / 16 (Goyal et al., arXiv 1706.02677). The number
+    of processes never enters: --batch-size is over all of them."""
+    val_every: Count = 1
+    """Epochs between validations; the best epoch is chosen by the mean Dice over the val cases."""
+    threshold: Probability = 0.5
+    """Probability from which a voxel is predicted as the target, in whole-volume evaluation."""
+
+
+@dataclass(kw_only=True)
+class SpeedOptions(Options):
+    """Speed"""
+
     channels_last: bool = False
-    """Keep feature maps with their channels last in memory, which convolutions often compute faster; see
+    """Memory format: keep feature maps with their channels last in memory, which convolutions often compute faster; see
     benchmarks/README.md. Rounding differs."""
     compile: bool = False
     """Generate code for the network that is trained (torch.compile): its first step takes a minute and needs a C++
     compiler. Rounding and dropout's random numbers differ."""
-    seed: int = 3407
-    """Seed of weights, order, orientations and dropout."""
-    support_slices: int = 64
-    """Training slices that universeg is shown as examples."""
-    threshold: float = 0.5
-    """Probability from which a voxel is predicted as the target, in whole-volume evaluation."""
-    val_every: int = 1
-    """Epochs between evaluations on the val cases; the best epoch is chosen by the mean Dice over them."""
-    workers: int = 0
-    """Processes that read batches ahead, for each training process (0: none; slices are decoded in threads)."""
-    log_every: int = 10
-    """Steps between looks at the loss and at signals to stop."""
-    checkpoint_minutes: float = 10
-    """Minutes between checkpoints for resuming within an epoch; there is one after each epoch anyway."""
-    checkpoint_steps: int = 0
-    """Steps between such checkpoints, besides the minutes (0: only the minutes). Looked at every log_every steps."""
-    keep_checkpoints: int = 2
-    """Latest checkpoints that are kept. If the newest is damaged, the job goes on from the one before."""
-    timeout_minutes: float = 30
-    """How long processes wait for one that is there but does not answer, before the job ends. One that died is noticed
-    at once."""
+
+
+@dataclass(kw_only=True)
+class CheckpointOptions(Options):
+    """Job folder and checkpoints"""
+
     out: Path | None = None
-    """Folder of this job; the default is made of its options, under runs/. The same command resumes there."""
+    """Output folder of this job; the default is made of its options, under runs/. The same command resumes there."""
     overwrite: bool = False
     """Begin again although the folder holds a job."""
+    checkpoint_minutes: NonNegative = 10
+    """Minutes between checkpoints for resuming within an epoch; there is one after each epoch anyway."""
+    checkpoint_steps: Natural = 0
+    """Steps between such checkpoints, besides the minutes (0: only the minutes). Looked at every --log-every steps."""
+    keep_checkpoints: Count = 2
+    """Latest checkpoints that are kept. If the newest is damaged, the job goes on from the one before."""
+    timeout_minutes: Minutes = 30
+    """Timeout: how long processes wait for one that is there but does not answer, before the job ends. One that died is
+    noticed at once."""
+
+
+@dataclass(kw_only=True)
+class TrackingOptions(Options):
+    """Tracking (MLflow)"""
+
     tracking_uri: str = "sqlite:///mlflow.db"
     """MLflow tracking server, or a local SQLite file."""
-    sweep: str = ""
-    """Name of the MLflow run below which this job's run stands, with the other jobs of a sweep."""
     experiment: str = ""
     """MLflow experiment; the default is dataset-task."""
+    sweep: str = ""
+    """Name of the MLflow run below which this job's run stands, with the other jobs of a sweep."""
+    log_every: Count = 10
+    """Steps between logged losses, and between looks at signals to stop."""
+
+
+@dataclass(kw_only=True)
+class TrainingOptions(
+    DataOptions, OptimisationOptions, ScheduleOptions, SpeedOptions, CheckpointOptions, TrackingOptions
+):
+    """What training with and without a teacher have in common."""
 
     def __post_init__(self):
-        for name in ("batch_size", "accumulate", "epochs", "val_every", "log_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        if not 0 < self.threshold < 1:
-            raise UserError(f"--threshold is a probability between 0 and 1, not {self.threshold}")
-        for name in ("clip", "checkpoint_steps", "checkpoint_minutes"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} can't be negative")
-        if not 0 <= self.ema < 1:
-            raise UserError(f"--ema is a decay from 0 (none) to below 1, not {self.ema}")
-        if not 0 <= self.lr_min <= self.lr:
-            raise UserError(f"--lr_min ({self.lr_min}) must lie between 0 and --lr ({self.lr})")
+        super().__post_init__()
+        if self.lr_min > self.lr:
+            raise UserError(f"--lr-min ({self.lr_min:g}) must be at most --lr ({self.lr:g})")
 
     @property
     def crop_window(self) -> Crop:
@@ -122,15 +168,20 @@ class TrainingOptions:
 
 
 @dataclass(kw_only=True)
-class TrainOptions(TrainingOptions):
-    """Train a network without a teacher."""
+class NetworkOptions(Options):
+    """Network"""
 
     network: str
-    """Name of the network."""
-    width: float = 1.0
+    """Name of the network (docs/networks.md)."""
+    width: Width = 1.0
     """Factor on the network's number of filters."""
     pretrained: Path | None = None
     """ImageNet weights (.pth, .safetensors) for a network with a ResNet encoder."""
+
+
+@dataclass(kw_only=True)
+class TrainOptions(NetworkOptions, TrainingOptions):
+    """Train a network without a teacher."""
 
     @property
     def folder(self) -> Path:
@@ -138,43 +189,56 @@ class TrainOptions(TrainingOptions):
 
 
 @dataclass(kw_only=True)
-class DistillOptions(TrainingOptions):
-    """Train a student with a teacher, which is trained first unless its checkpoint is given."""
+class DistillationOptions(Options):
+    """Distillation"""
 
     teacher: str = "unet"
-    """Name of the teacher's network."""
-    teacher_width: float = 1.0
+    """Name of the teacher's network (docs/networks.md)."""
+    teacher_width: Width = 1.0
     """Factor on the teacher's number of filters."""
-    teacher_epochs: int = 0
+    teacher_epochs: Natural = 0
     """Epochs of the teacher's own training (0: as many as the student's)."""
     teacher_pretrained: Path | None = None
     """ImageNet weights (.pth, .safetensors) for a teacher with a ResNet encoder."""
     teacher_checkpoint: Path | None = None
     """A trained teacher (.safetensors), which takes the place of its training."""
-    rounds: int = 1
-    """Rounds in which teacher and student take turns, each with a part of its epochs; the student learns from the
-    teacher as it then is (1: the teacher is trained, then the student)."""
-    together: Literal["turns", "live"] = "turns"
-    """Teacher and student in turns, or live: both at every step, with no cache."""
     student: str = "enet"
-    """Name of the student's network."""
-    student_width: float = 1.0
+    """Name of the student's network (docs/networks.md)."""
+    student_width: Width = 1.0
     """Factor on the student's number of filters."""
     student_pretrained: Path | None = None
     """ImageNet weights (.pth, .safetensors) for a student with a ResNet encoder."""
     method: str = "spark"
-    """Name of the distillation method."""
-    weights: dict[str, float] = field(default_factory=dict)
-    """Weights and settings of the method that differ from its defaults, for instance --weights.gain 10."""
+    """Name of the distillation method (docs/methods.md)."""
+    weights: dict[str, Number] = field(default_factory=dict)
+    """Weights of the method's loss terms, and its settings such as temperature, that differ from its defaults, for
+    instance --weights.gain 10."""
+    rounds: Count = 1
+    """Rounds in which teacher and student take turns, each with a part of its epochs; the student learns from the
+    teacher as it then is (1: the teacher is trained, then the student)."""
+    together: Literal["turns", "live"] = "turns"
+    """Teacher and student in turns, or live: both at every step (online distillation), with no cache."""
+
+
+@dataclass(kw_only=True)
+class TeacherCacheOptions(Options):
+    """Teacher cache"""
+
     cache: Literal["auto", "on", "off", "canonical"] = "auto"
     """Keep what the method needs of the teacher on disk (on), or compute it at every step (off); auto measures both and
     takes the faster; canonical keeps one entry a slice and turns it, which is approximate and says by how much."""
     cache_folder: Path = Path("runs/teacher-cache")
     """Where teacher caches lie; a file system that all processes share."""
-    cache_memory: int = 0
+    cache_memory: Natural = 0
     """MiB of decoded cache entries that each process keeps, above what the system's page cache holds."""
     cache_dtype: Literal["float16", "bfloat16", "float32", "int8"] = "float16"
-    """Number format of cached teacher targets; int8 has a scale for each channel, and its error is reported."""
+    """Number format of cached teacher targets; int8 (quantised) has a scale for each channel, and its error is
+    reported."""
+
+
+@dataclass(kw_only=True)
+class DistillOptions(DistillationOptions, TeacherCacheOptions, TrainingOptions):
+    """Train a student with a teacher, which is trained first unless its checkpoint is given."""
 
     @property
     def folder(self) -> Path:

@@ -1,5 +1,10 @@
 """Train a student with a teacher: accelerate launch -m spark_dist.distill --dataset STORE --task organ …"""
 
+if __name__ == "__main__":
+    from spark_dist.cli import module_main
+
+    module_main("spark_dist.distill")
+
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,6 @@ from spark_dist.training.live import Beside
 from spark_dist.training.stage import Teaching, build, describe, stage_tags, train_stage, untaught
 from spark_dist.training.validation import evaluate_on_test
 
-from .cli import module_main
 from .config import DistillOptions
 
 OPTIONS = DistillOptions
@@ -108,7 +112,3 @@ def teach(job: Job, student: nn.Module, checkpoint: Path, epochs: range) -> tupl
         if o.rounds > 1:
             only_generation(job, cache.folder)
     return Distillation(student, targets.distiller), targets
-
-
-if __name__ == "__main__":
-    module_main("spark_dist.distill")

@@ -1,5 +1,10 @@
 """Per-case figures of a network on whole volumes."""
 
+if __name__ == "__main__":
+    from spark_dist.cli import module_main
+
+    module_main("spark_dist.evaluate")
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +20,11 @@ from spark_dist.evaluation.metrics import write_cases
 from spark_dist.networks.checkpoint import load_network
 from spark_dist.training.distributed import make_accelerator, shut_down
 
-from .cli import module_main
+from .options import Options, Probability
 
 
 @dataclass(kw_only=True)
-class EvaluateOptions:
+class EvaluateOptions(Options):
     """Evaluate a checkpoint on one part of a split."""
 
     checkpoint: str = field(metadata={"positional": "trained network (best.safetensors)"})
@@ -31,7 +36,7 @@ class EvaluateOptions:
     """Name of the split in the store."""
     part: Literal["train", "val", "test"] = "test"
     """Part of the split."""
-    threshold: float | None = None
+    threshold: Probability | None = None
     """Probability from which a voxel is the target; the default is the training's."""
     out: Path | None = None
     """JSON file for the figures of every case."""
@@ -70,7 +75,3 @@ def cases_table(cases: Mapping[str, Mapping[str, float]], title: str) -> Table:
     table.add_row("95% interval", *(f"{summary[key]['low']:.3f}–{summary[key]['high']:.3f}" for key in keys))
     table.add_row("missed", *(str(summary[key]["misses"]) for key in keys))
     return table
-
-
-if __name__ == "__main__":
-    module_main("spark_dist.evaluate")

@@ -1,4 +1,9 @@
-"""Predictions of checkpoints beside the truth: spark-dist picture --dataset STORE --checkpoints …"""
+"""Predictions of checkpoints beside the truth: spark-dist picture NAME=CHECKPOINT … --dataset STORE"""
+
+if __name__ == "__main__":
+    from spark_dist.cli import module_main
+
+    module_main("spark_dist.picture")
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +18,11 @@ from spark_dist.data.views import Crop
 from spark_dist.evaluation.pictures import predictions_picture
 from spark_dist.networks.checkpoint import load_network
 
+from .options import Count, Options
+
 
 @dataclass(kw_only=True)
-class PictureOptions:
+class PictureOptions(Options):
     """Draw predictions of trained networks beside the truth."""
 
     checkpoints: list[str] = field(
@@ -27,7 +34,7 @@ class PictureOptions:
     """Name of the split in the store."""
     part: Literal["train", "val", "test"] = "test"
     """Part of the split."""
-    rows: int = 4
+    rows: Count = 4
     """How many cases to show, one slice of each: the one with most of the target."""
     out: Path = Path("predictions.png")
     """PNG file to write."""

@@ -1,5 +1,10 @@
 """What networks cost: spark-dist profile [NETWORK …] --crop 384"""
 
+if __name__ == "__main__":
+    from spark_dist.cli import module_main
+
+    module_main("spark_dist.profile")
+
 import csv
 import json
 import statistics
@@ -19,17 +24,19 @@ from data_tools.errors import UserError
 from data_tools.progress import console
 from spark_dist.networks import NETWORKS, build_network
 
+from .options import Count, Options, Pixels, Width
+
 
 @dataclass(kw_only=True)
-class ProfileOptions:
+class ProfileOptions(Options):
     """Parameters, GFLOPs, activation memory and latency of networks."""
 
     networks: list[str] = field(metadata={"nargs": "*", "positional": "networks by name (default: all)"})
-    crop: int = 384
+    crop: Pixels = 384
     """Side of a square slice, in pixels."""
-    width: float = 1.0
+    width: Width = 1.0
     """Factor on the number of filters."""
-    repeats: int = 10
+    repeats: Count = 10
     """Forward passes that the median latency is of."""
     device: str = ""
     """cpu or cuda (default: cuda where there is one)."""

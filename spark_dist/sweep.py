@@ -1,5 +1,10 @@
 """The combinations of a grid of options: spark-dist sweep launch/slurm/sweep.yaml"""
 
+if __name__ == "__main__":
+    from spark_dist.cli import module_main
+
+    module_main("spark_dist.sweep")
+
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -9,15 +14,16 @@ import yaml
 
 from data_tools.errors import UserError, unknown_name
 
-from .cli import module_main, recipe_keys
+from .options import Natural, Options
+from .parsing import recipe_keys
 
 
 @dataclass(kw_only=True)
-class SweepOptions:
+class SweepOptions(Options):
     """Show the combinations of a grid's values, or one of them as options of distill."""
 
     grid: str = field(metadata={"positional": "YAML file: each option with a list of values"})
-    task: int = 0
+    task: Natural = 0
     """Print this combination's options, one word a line, counted from 1 (0: list all)."""
     runs: Path = Path("runs")
     """Where the jobs' folders lie."""
@@ -57,7 +63,3 @@ def read_grid(path: Path) -> list[dict[str, Any]]:
         if key not in recipe_keys():
             raise UserError(f"{path}: {unknown_name('option', key, recipe_keys())}")
     return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
-
-
-if __name__ == "__main__":
-    module_main("spark_dist.sweep")

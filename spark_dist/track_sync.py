@@ -1,16 +1,21 @@
 """Send what an MLflow server that was down did not get: spark-dist track-sync FOLDER."""
 
+if __name__ == "__main__":
+    from spark_dist.cli import module_main
+
+    module_main("spark_dist.track_sync")
+
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_tools.progress import console
 from spark_dist.training.tracking import sync
 
-from .cli import module_main
+from .options import Options
 
 
 @dataclass(kw_only=True)
-class SyncOptions:
+class SyncOptions(Options):
     """Send what the runs of a job that has ended could not send to their MLflow server."""
 
     folder: str = field(metadata={"positional": "folder of a job (its --out)"})
@@ -25,7 +30,3 @@ def run(options: SyncOptions) -> None:
     """Send, and say how much there was."""
     sent = sync(Path(options.folder), options.tracking_uri)
     console.print(f"{options.folder}: {sent} entries sent to {options.tracking_uri}")
-
-
-if __name__ == "__main__":
-    module_main("spark_dist.track_sync")

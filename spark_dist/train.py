@@ -1,10 +1,14 @@
 """Train a network without a teacher: accelerate launch -m spark_dist.train --dataset STORE --task organ …"""
 
+if __name__ == "__main__":
+    from spark_dist.cli import module_main
+
+    module_main("spark_dist.train")
+
 from spark_dist.training.checks import check_network
 from spark_dist.training.job import open_job
 from spark_dist.training.stage import train_stage, untaught
 
-from .cli import module_main
 from .config import TrainOptions
 
 OPTIONS = TrainOptions
@@ -23,7 +27,3 @@ def run(options: TrainOptions) -> None:
             options.epochs,
             pretrained=options.pretrained,
         )
-
-
-if __name__ == "__main__":
-    module_main("spark_dist.train")

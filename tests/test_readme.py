@@ -12,7 +12,9 @@ import pytest
 from conftest import ROOT
 
 from data_tools.cli import parser
-from spark_dist.cli import COMMANDS, parse
+from spark_dist.cli import COMMANDS
+from spark_dist.options import shown
+from spark_dist.parsing import parse
 
 README = (ROOT / "README.md").read_text()
 
@@ -41,7 +43,7 @@ def test_commands_are_understood(words, monkeypatch):
     elif words[0] == "spark-dist":
         parse(command_module(words[1]).OPTIONS, words[2:], "spark-dist")
     elif words[:2] == ["accelerate", "launch"]:
-        assert Path(words[words.index("--config_file") + 1]).is_file()
+        assert Path(words[words.index("--config-file") + 1]).is_file()
         module = words.index("-m") + 1
         parse(import_module(words[module]).OPTIONS, words[module + 1 :], words[module])
     elif words[0] == "make":
@@ -66,8 +68,8 @@ def test_every_option_has_its_help(command, capsys):
     with pytest.raises(SystemExit):
         parse(options, ["--help"], command)
     text = capsys.readouterr().out
-    for name in options.__dataclass_fields__:
-        assert re.search(rf"{name}\b[^\n]*\n?\s+\S", text), name
+    for field in options.__dataclass_fields__.values():
+        assert re.search(rf"{shown(field)}\b[^\n]*\n?\s+\S", text), field.name
 
 
 @pytest.mark.launch

@@ -46,8 +46,8 @@ def test_shellcheck(path):
     ("script", "arguments", "printed"),
     [
         ("prepare", "DATA kits.zarr --layout kits", "spark-data prepare DATA kits.zarr --layout kits --part 3/4"),
-        ("train", "--network unet", "--num_machines 2 --num_processes 8 --main_process_ip localhost"),
-        ("distill", "--method kd", "--rdzv_backend c10d -m spark_dist.distill --method kd"),
+        ("train", "--network unet", "--num-machines 2 --num-processes 8 --main-process-ip localhost"),
+        ("distill", "--method kd", "--rdzv-backend c10d -m spark_dist.distill --method kd"),
         ("cache", "--method kd", "-m spark_dist.cache --method kd"),
         ("sweep", "launch/slurm/sweep.yaml", "-m spark_dist.distill --method=kd --student=mobilenetv2 --seed=1"),
     ],

@@ -23,10 +23,10 @@ launch() {
     [ "$each" -gt 0 ] || each=${PROCESSES_PER_NODE:-1}
     [ -z "${SLURM_JOB_NODELIST:-}" ] || mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     # All meet at the first host; jobs that share a node have ports of their own; each node puts in its own number.
-    local meet=(--main_process_ip "${hosts[0]}" --main_process_port "$((20000 + ${SLURM_JOB_ID:-0} % 20000))")
-    [ "$nodes" -eq 1 ] || meet+=(--machine_rank NODE_NUMBER --rdzv_backend c10d)
-    on_nodes "$nodes" accelerate launch --config_file "${ACCELERATE_CONFIG:-launch/accelerate/multi_gpu.yaml}" \
-        --num_machines "$nodes" --num_processes "$((nodes * each))" "${meet[@]}" -m "$@"
+    local meet=(--main-process-ip "${hosts[0]}" --main-process-port "$((20000 + ${SLURM_JOB_ID:-0} % 20000))")
+    [ "$nodes" -eq 1 ] || meet+=(--machine-rank NODE_NUMBER --rdzv-backend c10d)
+    on_nodes "$nodes" accelerate launch --config-file "${ACCELERATE_CONFIG:-launch/accelerate/multi_gpu.yaml}" \
+        --num-machines "$nodes" --num-processes "$((nodes * each))" "${meet[@]}" -m "$@"
 }
 
 run() { on_nodes 1 "$@"; }

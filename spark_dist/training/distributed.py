@@ -96,7 +96,7 @@ def make_accelerator(accumulate: int = 1, clip: float = 0.0, timeout: float = 30
     backend = {} if cuda else {"backend": "gloo"}
     group = InitProcessGroupKwargs(timeout=timedelta(minutes=timeout), **backend)
     if not cuda and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
-        raise UserError("fp16 needs a GPU; use --mixed_precision bf16 or no")
+        raise UserError("fp16 needs a GPU; use --mixed-precision bf16 or no")
     join_again(group)
     accelerator = Accelerator(
         cpu=not cuda and not deepspeed,
@@ -106,7 +106,7 @@ def make_accelerator(accumulate: int = 1, clip: float = 0.0, timeout: float = 30
     if accelerator.num_processes != started:
         raise UserError(
             f"{started} processes were started, but they form a group of {accelerator.num_processes}; "
-            "launch with: accelerate launch --config_file accelerate_config.yaml"
+            "launch with: accelerate launch --config-file accelerate_config.yaml"
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if accelerator.mixed_precision != "no":
@@ -116,7 +116,7 @@ def make_accelerator(accumulate: int = 1, clip: float = 0.0, timeout: float = 30
 
 
 def join_again(how: InitProcessGroupKwargs) -> None:
-    """Form the group after the launcher's `--max_restarts` started the processes anew.
+    """Form the group after the launcher's `--max-restarts` started the processes anew.
 
     Before that, the group that failed left its addresses in the launcher's store, which torchrun's static rendezvous
     keeps; the new one must not find them.

@@ -74,7 +74,7 @@ def open_job(options: TrainingOptions, tags: Mapping[str, Any]) -> Iterator[Job]
     listen_for_stop()
     accelerator = make_accelerator(options.accumulate, options.clip, options.timeout_minutes)
     if options.sync_batchnorm and accelerator.device.type != "cuda":
-        raise UserError("--sync_batchnorm needs GPUs; leave it out on CPUs")
+        raise UserError("--sync-batchnorm needs GPUs; leave it out on CPUs")
     claim(options.folder, options, accelerator)
     facts = {"world_size": accelerator.num_processes, "git_commit": git_commit(), "seed": options.seed}
     facts |= {"dataset": options.dataset.stem, "task": options.task, **tags}

@@ -142,7 +142,7 @@ def memory_explained(options: TrainingOptions, processes: int) -> Iterator[None]
         slices, (rows, columns) = -(-options.batch_size // (processes * options.accumulate)), options.crop_window.size
         raise UserError(
             f"out of memory with {slices} slices of {rows}×{columns} at a time in each process; try --accumulate "
-            f"{2 * options.accumulate}, --batch_size {max(options.batch_size // 2, 1)}, more processes, --crop "
+            f"{2 * options.accumulate}, --batch-size {max(options.batch_size // 2, 1)}, more processes, --crop "
             f"{rows // 2 // 32 * 32 or rows // 2} or mixed precision, in a new folder (--out)"
         ) from None
 

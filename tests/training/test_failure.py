@@ -21,8 +21,8 @@ SMALL += ("--network", "enet", "--width", 0.25)
 
 def start(folder, *arguments, restarts=0):
     """`accelerate launch` with two processes, its output in folder/output.txt."""
-    line = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_config.yaml"]
-    line += ["--max_restarts", restarts, "--main_process_port", free_port(), "-m", "spark_dist.train", *arguments]
+    line = [sys.executable, "-m", "accelerate.commands.launch", "--config-file", ROOT / "accelerate_config.yaml"]
+    line += ["--max-restarts", restarts, "--main-process-port", free_port(), "-m", "spark_dist.train", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with open(folder / "output.txt", "w") as output:
         return subprocess.Popen(list(map(str, line)), cwd=folder, env=environment, stdout=output, stderr=output)
@@ -104,7 +104,7 @@ def test_out_of_memory_says_what_to_try(jobs, tiny_store, tmp_path):
     codes, log = jobs("train", *arguments, folder=tmp_path, memory=700 * 2**20)
     assert codes == [2], log
     assert "out of memory with 6 slices of 1024×1024" in log
-    assert "--accumulate 2, --batch_size 3" in log
+    assert "--accumulate 2, --batch-size 3" in log
 
 
 @pytest.mark.slow

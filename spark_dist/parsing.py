@@ -1,0 +1,186 @@
+"""From a command line or a recipe to options."""
+
+import json
+import re
+from argparse import Action
+from collections.abc import Sequence
+from dataclasses import Field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+
+from data_tools.errors import UserError, unknown_name
+
+from .config import DistillOptions, TrainOptions
+from .options import Options, flag, shown
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+SWITCHES = {True: "on", False: "off"}
+"""What YAML makes of the words on and off, and back."""
+
+
+def parse(options: type[Options], argv: Sequence[str], program: str) -> Any:
+    """An `options` object from arguments and an optional recipe (`--config FILE`, YAML); arguments win.
+
+    Raises `UserError` for anything that does not fit.
+    """
+    argv = [re.sub(r"^--[a-z][a-z0-9.-]*", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv]
+    argv, recipes = without_recipes(with_values(argv, {f"--{f.name}" for f in fields(options) if f.type is bool}))
+    if len(recipes) > 1:
+        raise UserError(f"--config is given more than once ({', '.join(recipes)}); put all options into one recipe")
+    parser = option_parser(options, program)
+    try:
+        # jsonargparse takes a recipe's text for its path, and checks both alike.
+        recipe = [f"--config={yaml.safe_dump(read_recipe(path, options))}" for path in recipes]
+        parsed = parser.parse_args([*recipe, *argv])
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{in_words(error, options)} (see {program} --help)") from None
+    return options(**{field.name: getattr(parsed, field.name) for field in fields(options)})
+
+
+def option_parser(options: type[Options], program: str) -> ArgumentParser:
+    """What takes the command line of `options` apart, and prints their help in groups."""
+    parser = DashedParser(
+        prog=program,
+        exit_on_error=False,
+        allow_abbrev=False,
+        description=options.__doc__,
+        formatter_class=HelpFormatter,
+        print_config=None,
+    )
+    for field in fields(options):
+        if "positional" in field.metadata:
+            parser.add_argument(field.name, nargs=field.metadata.get("nargs"), help=field.metadata["positional"])
+    parser.add_argument("--config", action="config", metavar="FILE", help="recipe: a YAML file of options")
+    for title, names in groups(options).items():
+        group = parser.add_argument_group(title) if title else parser
+        group.add_class_arguments(options, as_group=False, skip={f.name for f in fields(options)} - set(names))
+    return parser
+
+
+def groups(options: type[Options]) -> dict[str, list[str]]:
+    """Names of options under the title of their group: the docstring of the base class that declares them. A command's
+    own have none."""
+    found: dict[str, list[str]] = {}
+    for base in options.__mro__:
+        title = "" if base is options else str(base.__doc__)
+        for field in fields(base) if is_dataclass(base) else ():
+            if "positional" not in field.metadata and home(options, field) is base:
+                found.setdefault(title, []).append(field.name)
+    return found
+
+
+def home(options: type[Options], field: Field) -> type:
+    """The first class that declared an option."""
+    return next(base for base in reversed(options.__mro__) if field.name in vars(base).get("__annotations__", ()))
+
+
+class DashedParser(ArgumentParser):
+    """Shows options with dashes."""
+
+    def format_help(self) -> str:
+        return dashed(super().format_help())
+
+
+class HelpFormatter(DefaultHelpFormatter):
+    """Says what an option's default is, and nothing of Python's types."""
+
+    def _get_help_string(self, action: Action) -> str:
+        if not action.option_strings or action.dest in ("help", "config"):
+            return action.help
+        if action.required:
+            return f"{action.help} (required)"
+        if action.default in (None, "", {}):
+            return action.help
+        default = json.dumps(action.default, default=str).strip('"')
+        return f"{action.help} (default: {default})"
+
+
+def dashed(text: str) -> str:
+    """A text in which options are spelled with dashes."""
+    return re.sub(r"--[a-z]\w*", lambda match: flag(match[0][2:]), text)
+
+
+def in_words(error: Exception, options: type[Options]) -> str:
+    """jsonargparse's error in a line, without Python's names for things."""
+    text = " ".join(str(error).split())
+    flags = {field.name: shown(field) for field in fields(options)}
+    if found := re.match(r'Parser key "(\w+)', text):
+        value = re.search(r" value: (.*)", text)
+        takes = f"it takes {kind(get_type_hints(options)[found[1]])}"
+        return f"{flags[found[1]]} can't be {value[1][:80]}; {takes}" if value else f"{flags[found[1]]}: {takes}"
+    if found := re.match(r"unrecognized arguments: (--[\w.-]+)", text):
+        return str(unknown_name("option", dashed(found[1]), flags.values()))
+    if found := re.match(r"the following arguments are required: (.*)", text):
+        return f"{', '.join(flags[name] for name in found[1].split(', '))} must be given"
+    return dashed(text)
+
+
+def kind(hint: Any) -> str:
+    """What an option takes, in words."""
+    parts = [part for part in get_args(hint) if part is not type(None)]
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
+    if get_origin(hint) is Literal:
+        return " or ".join(map(str, parts))
+    if get_origin(hint) is tuple:
+        return f"[{', '.join(map(kind, parts))}]"
+    if get_origin(hint) is dict:
+        return f"names with {kind(parts[1])} each"
+    return words.get(hint) or " or ".join(map(kind, parts))
+
+
+def with_values(argv: Sequence[str], switches: set[str]) -> list[str]:
+    """Arguments in which a switch without a value has `true`."""
+    found = []
+    for position, argument in enumerate(argv):
+        found.append(argument)
+        if argument in switches and (position + 1 == len(argv) or argv[position + 1].startswith("--")):
+            found.append("true")
+    return found
+
+
+def without_recipes(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Arguments without `--config FILE` and `--config=FILE`, and the files."""
+    rest, recipes = [], []
+    words = iter(argv)
+    for word in words:
+        if word == "--config":
+            recipes.append(next(words, ""))
+        elif word.startswith("--config="):
+            recipes.append(word.removeprefix("--config="))
+        else:
+            rest.append(word)
+    return rest, recipes
+
+
+def read_recipe(path: str, options: type[Options]) -> dict[str, Any]:
+    """The recipe's settings that are among `options`. One without a value has its default.
+
+    One recipe serves both train and distill, so each takes what it knows; a key that neither knows is an error.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            recipe = yaml.safe_load(file) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: can't be read as a recipe ({' '.join(str(error).split())})") from None
+    if not isinstance(recipe, dict):
+        raise UserError(f"{path}: a recipe is a list of 'option: value' lines")
+    own = {field.name: field for field in fields(options)}
+    for key in recipe:
+        if key not in recipe_keys() | own.keys():
+            raise UserError(f"{path}: {unknown_name('option', str(key), recipe_keys() | own.keys())}")
+    return {
+        key: SWITCHES[value] if isinstance(value, bool) and "off" in get_args(own[key].type) else value
+        for key, value in recipe.items()
+        if key in own and value is not None
+    }
+
+
+def recipe_keys() -> set[str]:
+    """The options of train and distill."""
+    return {field.name for options in (TrainOptions, DistillOptions) for field in fields(options)}

@@ -1,0 +1,252 @@
+"""Options: their bounds, their help, recipes, and how mistakes in them are told."""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from importlib import import_module
+
+import pytest
+from conftest import ROOT
+
+from data_tools.errors import UserError
+from spark_dist.cli import COMMANDS, main
+from spark_dist.options import flag
+from spark_dist.parsing import parse
+
+DATA = ("--dataset", "d.zarr", "--task", "organ")
+NEEDED = {
+    "train": (*DATA, "--network", "enet"),
+    "distill": DATA,
+    "cache": (),
+    "evaluate": ("a.safetensors", "--dataset", "d.zarr"),
+    "compare": (),
+    "profile": (),
+    "picture": ("a.safetensors", "--dataset", "d.zarr"),
+    "sweep": ("grid.yaml",),
+    "track-sync": ("folder",),
+}
+"""What each command can't do without."""
+
+
+def options_of(command):
+    return import_module(f"spark_dist.{command.replace('-', '_')}").OPTIONS
+
+
+def parsed(command, *arguments):
+    return parse(options_of(command), [*NEEDED[command], *map(str, arguments)], f"spark-dist {command}")
+
+
+def help_of(command, capsys):
+    with pytest.raises(SystemExit):
+        parse(options_of(command), ["--help"], f"spark-dist {command}")
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("train", "--crop 0", "--crop must be at least 1, not 0"),
+        ("train", "--crop -32", "--crop must be at least 1, not -32"),
+        ("train", "--crop [64,0]", "--crop must be at least 1, not 0"),
+        ("train", "--crop 1000000", "--crop must be at most 16,384, not 1000000"),
+        ("train", "--crop [3]", "--crop can't be [3]; it takes a whole number or [a whole number, a whole number]"),
+        ("train", "--crop-shift [0,100000]", "--crop-shift must be at most 16,384"),
+        ("train", "--width -1", "--width must be above 0, not -1.0"),
+        ("train", "--width 0", "--width must be above 0, not 0.0"),
+        ("train", "--seed -1", "--seed must be at least 0, not -1"),
+        ("train", f"--seed {2**32}", "--seed must be below 4,294,967,296"),
+        ("train", "--workers -1", "--workers must be at least 0, not -1"),
+        ("train", "--support-slices 0", "--support-slices must be at least 1, not 0"),
+        ("train", "--batch-size 0", "--batch-size must be at least 1, not 0"),
+        ("train", "--batch-size 2.5", "--batch-size can't be 2.5; it takes a whole number"),
+        ("train", "--lr .inf", "--lr must be a finite number, not inf"),
+        ("train", "--lr 1e-3 --lr-min 1", "--lr-min (1) must be at most --lr (0.001)"),
+        ("train", "--ema 1", "--ema must be below 1, not 1.0"),
+        ("train", "--checkpoint-minutes -1", "--checkpoint-minutes must be at least 0"),
+        ("train", "--timeout-minutes 0", "--timeout-minutes must be above 0"),
+        ("train", "--threshold 1", "--threshold must be below 1, not 1.0"),
+        ("train", "--augment maybe", "--augment can't be maybe; it takes true or false"),
+        ("train", "--task liver", "--task can't be liver; it takes organ or tumour"),
+        ("train", "--epoch 3", "there is no option '--epoch'; did you mean --epochs"),
+        ("distill", "--cache-memory -1", "--cache-memory must be at least 0, not -1"),
+        ("distill", "--teacher-width -1", "--teacher-width must be above 0"),
+        ("distill", "--weights.gain much", "--weights can't be much; it takes names with a number each"),
+        ("distill", "--weights.gain .nan", "--weights must be a finite number, not nan"),
+        ("distill", "--rounds 0", "--rounds must be at least 1"),
+        ("cache", "--prune -1", "--prune must be at least 0, not -1"),
+        ("cache", "--verify -1", "--verify must be at least 0, not -1"),
+        ("evaluate", "--threshold 0", "--threshold must be above 0, not 0.0"),
+        ("evaluate", "--threshold 2", "--threshold must be below 1, not 2.0"),
+        ("picture", "--rows 0", "--rows must be at least 1, not 0"),
+        ("profile", "--crop 0", "--crop must be at least 1, not 0"),
+        ("profile", "--width -1", "--width must be above 0"),
+        ("profile", "--repeats 0", "--repeats must be at least 1"),
+        ("sweep", "--task -1", "--task must be at least 0"),
+    ],
+)
+def test_values_out_of_bounds_are_one_line(command, arguments, message, capsys):
+    assert main([command, *NEEDED[command], *arguments.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_what_must_be_given_is_named(command, capsys):
+    if not NEEDED[command]:
+        return
+    assert main([command]) == 2
+    error = capsys.readouterr().err
+    assert " must be given (see " in error
+    assert all(word in error for word in NEEDED[command] if word.startswith("--"))
+
+
+def test_bounds_hold_without_a_command_line_too():
+    from spark_dist.config import TrainOptions
+
+    with pytest.raises(UserError, match="--batch-size must be at least 1, not 0"):
+        TrainOptions(dataset="d.zarr", task="organ", network="enet", batch_size=0)
+
+
+def test_a_second_recipe_is_an_error_that_names_both(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.yaml", "b.yaml"):
+        (tmp_path / name).write_text("epochs: 3\n")
+    assert main(["train", *NEEDED["train"], "--config", "a.yaml", "--config=b.yaml"]) == 2
+    assert "--config is given more than once (a.yaml, b.yaml)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("cache: off", "cache", "off"),
+        ("cache: on", "cache", "on"),
+        ("cache: true", "cache", "on"),
+        ("cache: 'off'", "cache", "off"),
+        ("cache: canonical", "cache", "canonical"),
+        ("augment: off", "augment", False),
+        ("crop: [64, 32]", "crop", (64, 32)),
+        ("epochs:", "epochs", 90),
+        ("out: runs/a", "out", parsed("train", "--out", "runs/a").out),
+        ("weights: {gain: 3}", "weights", {"gain": 3.0}),
+    ],
+)
+def test_recipes(tmp_path, line, name, value):
+    (tmp_path / "recipe.yaml").write_text(f"{line}\n")
+    assert getattr(parsed("distill", "--config", tmp_path / "recipe.yaml"), name) == value
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("epochs: many", "--epochs can't be many; it takes a whole number"),
+        ("epochs: 1.5", "--epochs can't be 1.5; it takes a whole number"),
+        ("epochs: 0", "--epochs must be at least 1, not 0"),
+        ("slices: most", "--slices can't be most; it takes labelled or all"),
+        ("weights: 3", "--weights can't be 3; it takes names with a number each"),
+        ("weights: {gain: much}", "--weights can't be much"),
+        ("dataset: 5", "--dataset: it takes a path"),
+        ('out: "a\\0b"', "--out holds a zero byte"),
+        ("5: 5", "there is no option '5'"),
+        ("- epochs", "a recipe is a list of 'option: value' lines"),
+        ("a: b: c", "can't be read as a recipe"),
+        ("\x80", "can't be read as a recipe"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_one_line(tmp_path, monkeypatch, capsys, line, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_bytes(line.encode("latin-1") + b"\n")
+    given = () if line.startswith("dataset") else ("--dataset", "d.zarr")
+    assert main(["distill", "--task", "organ", "--config", "recipe.yaml", *given]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+TERMS = {
+    "train": (
+        "gradient accumulation",
+        "gradient clipping",
+        "exponential moving average",
+        "data augmentation",
+        "batch normalisation",
+        "learning rate",
+        "cosine annealing",
+        "linear scaling rule",
+        "random seed",
+        "data loader",
+        "checkpoint",
+        "MLflow experiment",
+        "torch.compile",
+        "memory format",
+        "ImageNet",
+        "timeout",
+        "output folder",
+    ),
+    "distill": ("distillation method", "online distillation", "temperature", "teacher cache", "quantised"),
+}
+
+
+@pytest.mark.parametrize(("command", "term"), [(command, term) for command, terms in TERMS.items() for term in terms])
+def test_help_speaks_the_fields_language(command, term, capsys):
+    assert term.lower() in " ".join(help_of(command, capsys).lower().split())
+
+
+def test_help_shows_options_in_groups(capsys):
+    text = help_of("distill", capsys)
+    places = [text.index(f"\n{title}:\n") for title in ("Distillation", "Teacher cache", "Data", "Optimisation")]
+    places += [text.index(f"\n{title}:\n") for title in ("Schedule", "Job folder and checkpoints", "Tracking (MLflow)")]
+    assert places == sorted(places)
+    data, optimisation = text.index("\nData:\n"), text.index("\nOptimisation:\n")
+    assert data < text.index("  --crop ") < optimisation < text.index("  --batch-size ")
+    # The cache command inherits the groups, what it declares anew included.
+    text = help_of("cache", capsys)
+    assert text.index("  --list") < text.index("\nData:\n") < text.index("  --dataset ")
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_help_shows_defaults(command, capsys):
+    text = " ".join(help_of(command, capsys).split())
+    for field in fields(options_of(command)):
+        if isinstance(field.default, int | float) and field.name not in ("prune",):
+            shown = str(field.default).lower() if isinstance(field.default, bool) else f"{field.default}"
+            assert re.search(rf"{flag(field.name)} .*?\(default: {re.escape(shown)}\)", text), field.name
+    assert "<class" not in text
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_help_shows_no_option_with_an_underscore(command, capsys):
+    assert not re.findall(r"--[a-z]+_\w+", help_of(command, capsys))
+
+
+def texts():
+    files = [*ROOT.glob("*.md"), *ROOT.glob("*.yaml"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
+    for folder in ("spark_dist", "data_tools", "launch"):
+        files += [file for file in ROOT.glob(f"{folder}/**/*") if file.suffix in (".py", ".sh", ".yaml", ".sbatch")]
+    return files
+
+
+@pytest.mark.parametrize("file", texts(), ids=lambda file: str(file.relative_to(ROOT)))
+def test_no_text_spells_an_option_with_an_underscore(file):
+    # The README has a table of the original system's own options.
+    text = re.sub(r"## From the original's commands.*?(?=\n## )", "", file.read_text(), flags=re.DOTALL)
+    assert not re.findall(r"--[a-z]+_\w+", text)
+
+
+@pytest.mark.parametrize("command", ["compare", "picture", "profile", "track-sync"])
+def test_commands_run_as_modules(command, tmp_path):
+    module = f"spark_dist.{command.replace('-', '_')}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-m", module, "--nonsense", "3"]
+    result = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert f"python -m {module} --help" in result.stderr
+    assert result.stderr.startswith("error: ")
+
+
+def test_the_docstring_of_picture_is_a_command_that_is_understood():
+    words = import_module("spark_dist.picture").__doc__.split(": ")[1].replace("…", "").split()
+    assert words[:2] == ["spark-dist", "picture"]
+    assert parse(options_of("picture"), words[2:], "picture").checkpoints
