@@ -32,7 +32,7 @@ from benchmarks.plain_spark import PlainSPARK, TeacherMapsSPARK, plain_levels
 from data_tools.store import create_store, open_store, write_case, write_split
 from spark_dist.data.batches import SliceDataset, to_device
 from spark_dist.data.slices import slice_table
-from spark_dist.data.views import ORIENTATIONS, Crop
+from spark_dist.data.views import ORIENTATIONS, Crop, SliceSpec
 from spark_dist.distillers import build_distiller
 from spark_dist.distillers.plain import Plain
 from spark_dist.networks import NetworkOutput, build_network
@@ -62,6 +62,7 @@ class Bench:
         self.o, self.folder = options, folder
         self.device = torch.device(options.device)
         self.table = slice_table(open_store(data(folder / "data.zarr", options)), "default", "train", "organ")
+        self.spec = SliceSpec("organ", Crop((options.crop, options.crop)))
         torch.manual_seed(0)
         self.teacher = build_network("unet").eval().to(self.device)
         self.taps = build_network("enet").taps, self.teacher.taps
@@ -95,7 +96,7 @@ class Bench:
         cache = open_cache(self.folder / "cache", {"method": method}, len(self.table) * ORIENTATIONS, shapes, "float16")
         with torch.no_grad():
             for keys in self.batches:
-                batch = to_device(self.read(keys, None), "organ", self.device)
+                batch = to_device(self.read(keys, None), self.spec, self.device)
                 cache.add(batch.keys, distiller.teacher_targets(self.output(batch), batch.mask))
         cache.flush()
         return cache
@@ -108,7 +109,7 @@ class Bench:
         return self.outputs[int(batch.keys[0])]
 
     def read(self, keys, cache):
-        return SliceDataset(self.table, Crop((self.o.crop, self.o.crop)), cache).__getitems__(keys)
+        return SliceDataset(self.table, self.spec, cache).__getitems__(keys)
 
     def model(self, distiller, how: str = ""):
         torch.manual_seed(0)
@@ -124,7 +125,7 @@ class Bench:
         model, optimizer = self.model(distiller, how)
         teacher = None if isinstance(distiller, Plain) else self.teacher
         targets = TeacherTargets(teacher, distiller, cache, self.autocast)
-        dataset = SliceDataset(self.table, Crop((self.o.crop, self.o.crop)), cache)
+        dataset = SliceDataset(self.table, self.spec, cache)
         ahead, turn = [dataset.__getitems__(self.batches[0])], [0]
 
         def step() -> float:
@@ -133,7 +134,7 @@ class Bench:
             start = self.clock()
             turn[0] += 1
             reading = self.reader.submit(dataset.__getitems__, self.batches[turn[0] % len(self.batches)])
-            batch = to_device(ahead.pop(), "organ", self.device)
+            batch = to_device(ahead.pop(), self.spec, self.device)
             with self.autocast():
                 terms = model(batch.image, batch.mask, targets(batch), batch.index)
             sum(terms.values()).backward()
@@ -148,7 +149,7 @@ class Bench:
         return step
 
     def changes(self) -> dict[str, Callable[[], float]]:
-        batch = to_device(self.read(self.batches[0], None), "organ", self.device)
+        batch = to_device(self.read(self.batches[0], None), self.spec, self.device)
         found = {}
         for name, kind in CHANGES.items():
             distiller = (kind or type(build_distiller("spark", *self.taps)))(*self.taps)

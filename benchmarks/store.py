@@ -50,11 +50,12 @@ from spark_dist.data.loader import training_loader
 from spark_dist.data.order import EpochSampler
 from spark_dist.data.shared_memory import ALIGNMENT, empty_array
 from spark_dist.data.slices import SliceTable, slice_table
-from spark_dist.data.views import ORIENTATIONS, Crop, orient
+from spark_dist.data.views import ORIENTATIONS, Crop, SliceSpec, orient
 
 SHAPE = (64, 512, 512)
 DISTINCT = 4
 CROP = Crop((384, 384), (-14, -4))
+SPEC = SliceSpec("organ", CROP)
 BATCH = 16
 WINDOW = (-200.0, 300.0)
 KINDS = {"image": np.int16, "label": np.uint8}
@@ -293,7 +294,7 @@ def loaders(table: SliceTable, folders: dict[str, Path]) -> dict[str, Callable[[
     for row in range(len(table)):
         monai[row]  # now it is in its cache
     return {
-        "store": lambda n: own(SliceDataset(table, CROP), n),
+        "store": lambda n: own(SliceDataset(table, SPEC), n),
         "npz": lambda n: by_slice(NpzDataset(table, folders["npz"]), n, lambda b: (b[0], b[1])),
         "monai": lambda n: by_slice(monai, n, lambda b: (b["image"], b["label"]), keyed=False),
         "blosc2": lambda n: own(MappedDataset(table, folders["blosc2"], "b2nd"), n),
@@ -369,7 +370,7 @@ def files_and_bytes(folder: Path) -> tuple[int, int]:
 
 def loader_growth(table: SliceTable) -> dict[str, float]:
     """Resident memory in MiB early and late in 10,000 epochs' worth of indices, a batch read in every 25th epoch."""
-    dataset, sampler = SliceDataset(table, CROP), EpochSampler(len(table), BATCH, 0, range(ORIENTATIONS))
+    dataset, sampler = SliceDataset(table, SPEC), EpochSampler(len(table), BATCH, 0, range(ORIENTATIONS))
     memory = {}
     for epoch in range(10_000):
         sampler.epoch = epoch

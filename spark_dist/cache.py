@@ -110,12 +110,12 @@ def fill(job: Job, targets: TeacherTargets) -> None:
     ]
     accelerator.wait_for_everyone()
     job.say(f"teacher cache {cache.folder}: {int((~cache.missing(keys)).sum())} of {len(keys)} entries there")
-    dataset = SliceDataset(job.table, o.crop_window)
+    dataset = SliceDataset(job.table, o.slice_spec)
     loader = Ahead(DataLoader(dataset, batch_sampler=mine, collate_fn=packed))
     flushed = time.monotonic()
     with progress_bar("teacher cache", len(mine), 0, accelerator.is_main_process) as advance:
         for raw in loader:
-            targets(to_device(raw, o.task, accelerator.device))
+            targets(to_device(raw, dataset.spec, accelerator.device))
             if time.monotonic() - flushed > FLUSH_SECONDS:
                 targets.flush()
                 flushed = time.monotonic()
@@ -144,9 +144,9 @@ def verify(job: Job, targets: TeacherTargets, count: int) -> None:
         raise UserError(f"{cache.folder}: holds no entry yet; fill it with the same command without --verify")
     chosen = np.random.default_rng().permutation(there)[:count]
     allowed = max(4 * ROUNDING[cache.dtype], 1e-4)
-    dataset, worst, wrong, damaged = SliceDataset(job.table, o.crop_window), 0.0, 0, 0
+    dataset, worst, wrong, damaged = SliceDataset(job.table, o.slice_spec), 0.0, 0, 0
     for key in chosen[accelerator.process_index :: accelerator.num_processes]:
-        batch = to_device(dataset.__getitems__([int(key)]), o.task, accelerator.device)
+        batch = to_device(dataset.__getitems__([int(key)]), dataset.spec, accelerator.device)
         stored = cache.start_reading(batch.keys)()
         again = targets.compute(batch.image, batch.mask)
         if stored.arrays is None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_tools.errors import UserError
-from spark_dist.data.views import ORIENTATIONS, UPRIGHT, Crop
+from spark_dist.data.views import ORIENTATIONS, UPRIGHT, Crop, SliceSpec
 
 from .options import (
     Count,
@@ -147,9 +147,9 @@ class TrainingOptions(
             raise UserError(f"--lr-min ({self.lr_min:g}) must be at most --lr ({self.lr:g})")
 
     @property
-    def crop_window(self) -> Crop:
+    def slice_spec(self) -> SliceSpec:
         size = (self.crop, self.crop) if isinstance(self.crop, int) else tuple(self.crop)
-        return Crop(size, tuple(self.crop_shift))
+        return SliceSpec(self.task, Crop(size, tuple(self.crop_shift)), self.threshold)
 
     @property
     def learning_rates(self) -> tuple[float, float]:
@@ -159,7 +159,7 @@ class TrainingOptions(
 
     @property
     def orientation_choices(self) -> tuple[int, ...]:
-        rows, columns = self.crop_window.size
+        rows, columns = self.slice_spec.crop.size
         return (0,) if not self.augment else tuple(range(ORIENTATIONS)) if rows == columns else UPRIGHT
 
     @property

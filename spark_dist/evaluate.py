@@ -6,7 +6,7 @@ if __name__ == "__main__":
     module_main("spark_dist.evaluate")
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,7 @@ from rich.table import Table
 
 from data_tools.progress import console
 from data_tools.store import open_store
-from spark_dist.data.views import Crop
+from spark_dist.data.views import SliceSpec
 from spark_dist.evaluation.cases import evaluate_cases, format_summaries, summaries
 from spark_dist.evaluation.metrics import write_cases
 from spark_dist.networks.checkpoint import load_network
@@ -48,18 +48,18 @@ OPTIONS = EvaluateOptions
 def run(options: EvaluateOptions) -> None:
     """Print a table of the cases' figures, and write them if asked to."""
     network, description = load_network(Path(options.checkpoint))
-    task = options.task or description["task"]
-    threshold = options.threshold or description["threshold"]
+    spec = SliceSpec.from_dict(description)
+    spec = replace(spec, task=options.task or spec.task, threshold=options.threshold or spec.threshold)
     store = open_store(options.dataset)
     names = store.split(options.split, options.part)
-    crop = Crop(tuple(description["crop"]), tuple(description["crop_shift"]))
     accelerator = make_accelerator()
-    cases = evaluate_cases(accelerator, network.to(accelerator.device), store, names, task, crop, threshold)
+    cases = evaluate_cases(accelerator, network.to(accelerator.device), store, names, spec)
     if accelerator.is_main_process:
-        console.print(cases_table(cases, f"{options.checkpoint}: {task}, {options.part}, threshold {threshold:g}"))
+        title = f"{options.checkpoint}: {spec.task}, {options.part}, threshold {spec.threshold:g}"
+        console.print(cases_table(cases, title))
         console.print(format_summaries(summaries(cases)))
         if options.out:
-            write_cases(options.out, cases, task=task, split=options.part, threshold=threshold)
+            write_cases(options.out, cases, task=spec.task, split=options.part, threshold=spec.threshold)
     shut_down(accelerator)
 
 

@@ -14,7 +14,7 @@ import torch
 from data_tools.errors import UserError
 from data_tools.progress import console
 from data_tools.store import open_store
-from spark_dist.data.views import Crop
+from spark_dist.data.views import SliceSpec
 from spark_dist.evaluation.pictures import predictions_picture
 from spark_dist.networks.checkpoint import load_network
 
@@ -46,26 +46,15 @@ OPTIONS = PictureOptions
 def run(options: PictureOptions) -> None:
     """Draw the picture of the checkpoints' common task."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    networks, facts = {}, []
+    networks, specs = {}, []
     for item in options.checkpoints:
         name, path = item.split("=", 1) if "=" in item else (Path(item).parent.name, item)
         network, description = load_network(Path(path))
         networks[name] = network.to(device)
-        facts.append({key: description[key] for key in ("task", "crop", "crop_shift", "threshold")})
-    if any(fact != facts[0] for fact in facts):
+        specs.append(SliceSpec.from_dict(description))
+    if any(spec != specs[0] for spec in specs):
         raise UserError("the checkpoints differ in task, crop or threshold; draw them in separate pictures")
-    crop = Crop(tuple(facts[0]["crop"]), tuple(facts[0]["crop_shift"]))
     store = open_store(options.dataset)
     cases = store.split(options.split, options.part)
-    predictions_picture(
-        store,
-        cases,
-        facts[0]["task"],
-        crop,
-        facts[0]["threshold"],
-        networks,
-        device,
-        options.out,
-        options.rows,
-    )
+    predictions_picture(store, cases, specs[0], networks, options.out, options.rows)
     console.print(f"wrote {options.out}")

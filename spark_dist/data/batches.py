@@ -9,19 +9,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data_tools.store import TASKS
-
 from .shared_memory import aligned, empty_array
 from .slices import SliceTable, VoxelReader
-from .views import ORIENTATIONS, Crop, orient
+from .views import ORIENTATIONS, SliceSpec, orient
 
 
 class SliceDataset(Dataset):
     """Batches of oriented crops by their keys. One item is a whole batch, read at once."""
 
-    def __init__(self, table: SliceTable, crop: Crop, cache: Any = None):
+    def __init__(self, table: SliceTable, spec: SliceSpec, cache: Any = None):
         self.table = table
-        self.crop = crop
+        self.spec = spec
         self.cache = cache
         self.reader = VoxelReader(table.store)
 
@@ -36,15 +34,15 @@ class SliceDataset(Dataset):
             z = int(self.table.slice[row])
             reads.append([self.reader.slices(name, kind).start(z, what) for kind in ("image", "label")])
         cached = self.cache.start_reading(keys) if self.cache is not None else None
-        dtype = np.result_type(*(fact.dtype for fact in facts))
-        images, labels = (empty_array((len(keys), *self.crop.size), kind) for kind in (dtype, np.uint8))
+        crop, dtype = self.spec.crop, np.result_type(*(fact.dtype for fact in facts))
+        images, labels = (empty_array((len(keys), *crop.size), kind) for kind in (dtype, np.uint8))
         windows, own_keys = empty_array((len(keys), 2), np.float32), empty_array(keys.shape, np.int64)
         windows[:], own_keys[:] = [fact.window for fact in facts], keys
 
         def fill(n: int) -> None:
             (image, label), orientation = reads[n], keys[n] % ORIENTATIONS
-            images[n] = orient(self.crop.of(image(), np.floor(facts[n].window[0])), orientation)
-            labels[n] = orient(self.crop.of(label(), 0), orientation)
+            images[n] = orient(crop.of(image(), np.floor(facts[n].window[0])), orientation)
+            labels[n] = orient(crop.of(label(), 0), orientation)
 
         self.reader.each(fill, len(keys))
         return {
@@ -58,7 +56,8 @@ class SliceDataset(Dataset):
     def batch_bytes(self, n: int) -> int:
         """What the arrays of a batch of n slices take, at most."""
         dtype = np.result_type(*(self.table.store.cases[name].dtype for name in self.table.cases))
-        shapes = {"image": (self.crop.size, dtype), "label": (self.crop.size, np.uint8)}
+        size = self.spec.crop.size
+        shapes = {"image": (size, dtype), "label": (size, np.uint8)}
         shapes |= {"window": ((2,), np.float32), "keys": ((), np.int64)}
         if self.cache is not None:
             shapes |= self.cache.arrays()
@@ -82,12 +81,12 @@ class Batch(NamedTuple):
     """Keys of cached entries that could not be read."""
 
 
-def to_device(raw: dict[str, Any], task: str, device: torch.device) -> Batch:
+def to_device(raw: dict[str, Any], spec: SliceSpec, device: torch.device) -> Batch:
     """Window and one-hot a batch on the training device: what travels there are integers."""
     targets, damaged = raw["entries"] or (None, ())
     return Batch(
         image=windowed(raw["image"].to(device, non_blocking=True), raw["window"].to(device, non_blocking=True)),
-        mask=one_hot(raw["label"].to(device, non_blocking=True), task),
+        mask=one_hot(spec.target(raw["label"].to(device, non_blocking=True))),
         index=raw["keys"].to(device, non_blocking=True) // ORIENTATIONS,
         keys=raw["keys"].numpy().copy(),
         targets=targets and {name: t.to(device, non_blocking=True) for name, t in targets.items()},
@@ -95,14 +94,14 @@ def to_device(raw: dict[str, Any], task: str, device: torch.device) -> Batch:
     )
 
 
-def support_set(table: SliceTable, crop: Crop, task: str, size: int, seed: int) -> tuple[Tensor, Tensor, list[str]]:
+def support_set(table: SliceTable, spec: SliceSpec, size: int, seed: int) -> tuple[Tensor, Tensor, list[str]]:
     """Slices for a network that is shown examples: images and masks (S, 1, H, W), and the slices' names.
 
     `size` training slices, or all if there are fewer, drawn by the seed.
     """
     rows = np.sort(np.random.default_rng([seed, 2]).permutation(len(table))[:size])
-    raw = SliceDataset(table, crop).__getitems__(rows * ORIENTATIONS)
-    batch = to_device(raw, task, torch.device("cpu"))
+    raw = SliceDataset(table, spec).__getitems__(rows * ORIENTATIONS)
+    batch = to_device(raw, spec, torch.device("cpu"))
     return batch.image, batch.mask[:, 1:], [table.name(row) for row in rows]
 
 
@@ -114,7 +113,6 @@ def windowed(image: Tensor, window: Tensor) -> Tensor:
     return result.clamp_(0, 1).mul_(2).sub_(1).unsqueeze(1)
 
 
-def one_hot(label: Tensor, task: str) -> Tensor:
-    """Stored labels (N, H, W) to (N, 2, H, W) float: background, target."""
-    target = label >= min(TASKS[task])
+def one_hot(target: Tensor) -> Tensor:
+    """Which pixels are the target, (N, H, W) bool, to (N, 2, H, W) float: background, target."""
     return torch.stack([~target, target], dim=1).float()

@@ -1,11 +1,15 @@
-"""How a slice is seen: its crop and its orientation."""
+"""How a slice is seen: its target, its crop and its orientation."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
+
+from data_tools.store import TASKS
 
 ORIENTATIONS = 8
 """The dihedral group D4: orientation = quarter turns + 4 × (flipped left to right first)."""
@@ -44,6 +48,42 @@ class Crop:
         filled = np.full(self.size, fill, image.dtype)
         filled[placed] = cropped
         return filled
+
+
+Voxels = TypeVar("Voxels", np.ndarray, Tensor)
+
+
+@dataclass(frozen=True)
+class SliceSpec:
+    """How a network sees slices: what it segments, which part of the plane it is given, and what counts as predicted.
+
+    The same in training, in evaluation and in pictures, and saved beside the weights. Which intensities become −1 and 1
+    is a fact of each case (`Case.window`) and no part of it.
+    """
+
+    task: str
+    """A key of `TASKS`."""
+    crop: Crop
+    threshold: float = 0.5
+    """Probability from which a voxel is predicted as the target."""
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> "SliceSpec":
+        """The spec in what is saved beside a network's weights (see `to_dict`)."""
+        return cls(facts["task"], Crop(tuple(facts["crop"]), tuple(facts["crop_shift"])), facts["threshold"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec as JSON can hold it."""
+        return {
+            "task": self.task,
+            "crop": self.crop.size,
+            "crop_shift": self.crop.shift,
+            "threshold": self.threshold,
+        }
+
+    def target(self, label: Voxels) -> Voxels:
+        """Which voxels of stored labels (…) are the target, (…) bool."""
+        return label >= min(TASKS[self.task])
 
 
 def orient(image: np.ndarray, orientation: int) -> np.ndarray:

@@ -7,9 +7,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from data_tools.store import TASKS, Store
+from data_tools.store import Store
 from spark_dist.data.slices import VoxelReader
-from spark_dist.data.views import Crop
+from spark_dist.data.views import SliceSpec
 
 from .inference import probabilities
 from .intervals import summarise
@@ -24,24 +24,22 @@ def evaluate_cases(
     network: nn.Module,
     store: Store,
     cases: Sequence[str],
-    task: str,
-    crop: Crop,
-    threshold: float = 0.5,
+    spec: SliceSpec,
     distances: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """Every case's figures, by case name, the same on every process.
 
     Cases are shared among the processes and each is predicted whole by one of them, so that the figures do not depend
-    on how many there are. Both protocols: `volume` at `threshold` and `labelled-slices` at `LABELLED_THRESHOLD`.
+    on how many there are. Both protocols: `volume` at `spec.threshold` and `labelled-slices` at `LABELLED_THRESHOLD`.
     """
     reader = VoxelReader(store)
     own = {}
     for name in shares(store, cases, accelerator.num_processes)[accelerator.process_index]:
         case = store.cases[name]
-        target = probabilities(network, reader.case(name, "image"), case, crop, accelerator.device)
-        truth = reader.case(name, "label") >= min(TASKS[task])
+        target = probabilities(network, reader.case(name, "image"), case, spec)
+        truth = spec.target(reader.case(name, "label"))
         own[name] = case_metrics(
-            target >= threshold, truth, case.spacing, distances, labelled=target >= LABELLED_THRESHOLD
+            target >= spec.threshold, truth, case.spacing, distances, labelled=target >= LABELLED_THRESHOLD
         )
     return dict(sorted(item for part in gather_object([own]) for item in part.items()))
 

@@ -6,17 +6,19 @@ from torch import nn
 
 from data_tools.store import Case
 from spark_dist.data.batches import windowed
-from spark_dist.data.views import Crop
+from spark_dist.data.views import SliceSpec
 
 
 @torch.no_grad()
 def probabilities(
-    network: nn.Module, image: np.ndarray, case: Case, crop: Crop, device: torch.device, batch_size: int = 16
+    network: nn.Module, image: np.ndarray, case: Case, spec: SliceSpec, batch_size: int = 16
 ) -> np.ndarray:
     """The target's probability in every voxel of slices of a case, (Z, H, W) float32; 0 outside the crop.
 
-    `image` (Z, H, W) in the store's intensities. The network is put into eval mode and left as it was.
+    `image` (Z, H, W) in the store's intensities. The network, on whichever device, is put into eval mode and left as it
+    was.
     """
+    device, crop = next(network.parameters()).device, spec.crop
     inside, placed = crop.overlap(case.shape[1:])
     result = np.zeros((len(image), *case.shape[1:]), np.float32)
     window = torch.tensor(case.window, dtype=torch.float32, device=device)

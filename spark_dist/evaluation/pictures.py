@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import nn
 
 from data_tools.store import TASKS, Store
 from spark_dist.data.slices import VoxelReader
-from spark_dist.data.views import Crop
+from spark_dist.data.views import SliceSpec
 
 from .figures import prediction_figure
 from .inference import probabilities
@@ -19,11 +18,8 @@ from .metrics import dice, overlap_counts
 def predictions_picture(
     store: Store,
     cases: Sequence[str],
-    task: str,
-    crop: Crop,
-    threshold: float,
+    spec: SliceSpec,
     networks: Mapping[str, nn.Module],
-    device: torch.device,
     path: Path,
     rows: int = 4,
 ) -> None:
@@ -32,14 +28,14 @@ def predictions_picture(
     drawn = []
     for position in np.unique(np.linspace(0, len(cases) - 1, min(rows, len(cases))).astype(int)):
         case = store.cases[cases[position]]
-        z = int(case.label_counts[:, TASKS[task]].sum(axis=1).argmax())
+        z = int(case.label_counts[:, TASKS[spec.task]].sum(axis=1).argmax())
         what = f"{store.path}: {case.name} slice {z}"
         # A copy, as what is read is good until the next slice.
         image = reader.slices(case.name, "image").start(z, what)()[np.newaxis].copy()
-        truth = reader.slices(case.name, "label").start(z, what)()[np.newaxis] >= min(TASKS[task])
+        truth = spec.target(reader.slices(case.name, "label").start(z, what)()[np.newaxis])
         predictions = {}
         for name, network in networks.items():
-            predicted = probabilities(network, image, case, crop, device) >= threshold
+            predicted = probabilities(network, image, case, spec) >= spec.threshold
             predictions[name] = (predicted[0], float(dice(overlap_counts(predicted, truth).sum(axis=0))))
         low, high = case.window
         shown = np.clip((image[0].astype(np.float32) - low) / (high - low), 0, 1) * 2 - 1

@@ -14,7 +14,7 @@ def check_network(options: TrainingOptions, name: str, width: float) -> nn.Modul
     """The network without weights. Raises `UserError` if there is none of that name, or the crop does not fit it."""
     with torch.device("meta"):
         network = build_network(name, width=width)
-    rows, columns = options.crop_window.size
+    rows, columns = options.slice_spec.crop.size
     if rows % network.stride or columns % network.stride:
         raise UserError(f"--crop {rows}×{columns}: the sides must be multiples of {network.stride} for {name}")
     return network

@@ -51,7 +51,7 @@ def only_generation(job: Job, folder: Path) -> None:
 
 def matching_cache(job: Job, targets: TeacherTargets, facts: dict[str, Any]) -> TeacherCache:
     """The cache of this teacher, method, crop and data; `facts` describe the teacher."""
-    o, crop = job.options, job.options.crop_window
+    o, crop = job.options, job.options.slice_spec.crop
     probe, shapes = probe_targets(targets.distiller, targets.teacher.taps, crop.size)
     description = {
         "teacher": facts["network"],
@@ -82,7 +82,7 @@ def weigh(job: Job, targets: TeacherTargets, cache: TeacherCache, epochs: range)
     o, accelerator, device = job.options, job.accelerator, job.accelerator.device
     choices, n = o.orientation_choices, len(job.table)
     keys = np.array([row * ORIENTATIONS + choices[(row + 1) % len(choices)] for row in range(min(4, n))])
-    batch = to_device(SliceDataset(job.table, o.crop_window).__getitems__(keys), o.task, device)
+    batch = to_device(SliceDataset(job.table, o.slice_spec).__getitems__(keys), o.slice_spec, device)
     found = try_cache(targets, cache, batch)
     forward, read = accelerator.reduce(torch.tensor([found.forward, found.read], device=device), "mean").tolist()
 

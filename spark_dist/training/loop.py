@@ -69,7 +69,7 @@ def fit(
             for part, raw in enumerate(loader, start=sampler.start * sampler.accumulate):
                 # Dropout and masks depend on where the run is, not on how it came here.
                 torch.manual_seed(step_seed(options.seed, epoch, part, accelerator.process_index))
-                batch = to_device(raw, options.task, accelerator.device)
+                batch = to_device(raw, loader.dataset.spec, accelerator.device)
                 with accelerator.accumulate(model):
                     terms = model(batch.image, batch.mask, teacher(batch), batch.index)
                     accelerator.backward(sum(terms.values()) * sampler.weight(part))

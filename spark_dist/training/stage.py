@@ -42,9 +42,7 @@ def build(job: Job, name: str, width: float, pretrained: Path | None) -> nn.Modu
     if pretrained:
         load_pretrained(network, pretrained)
     if hasattr(network, "set_support"):
-        images, masks, names = support_set(
-            job.table, options.crop_window, options.task, options.support_slices, options.seed
-        )
+        images, masks, names = support_set(job.table, options.slice_spec, options.support_slices, options.seed)
         network.set_support(images, masks)
         job.say(f"{name}: support set of {len(names)} training slices, listed in {job.folder}/support.txt")
         if job.accelerator.is_main_process:
@@ -95,7 +93,7 @@ def train_stage(
             accelerator.num_processes,
             options.accumulate,
         )
-        dataset = SliceDataset(job.table, options.crop_window, targets.cache)
+        dataset = SliceDataset(job.table, options.slice_spec, targets.cache)
         loader = training_loader(dataset, sampler, options.workers)
         if options.sync_batchnorm:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -139,7 +137,8 @@ def memory_explained(options: TrainingOptions, processes: int) -> Iterator[None]
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
             raise
-        slices, (rows, columns) = -(-options.batch_size // (processes * options.accumulate)), options.crop_window.size
+        slices = -(-options.batch_size // (processes * options.accumulate))
+        rows, columns = options.slice_spec.crop.size
         raise UserError(
             f"out of memory with {slices} slices of {rows}×{columns} at a time in each process; try --accumulate "
             f"{2 * options.accumulate}, --batch-size {max(options.batch_size // 2, 1)}, more processes, --crop "
@@ -161,12 +160,9 @@ def describe(options: TrainingOptions, name: str, width: float, method: str) -> 
         "width": width,
         "method": method,
         "seed": options.seed,
-        "task": options.task,
         "dataset": options.dataset.stem,
         "split": options.split,
-        "crop": options.crop_window.size,
-        "crop_shift": options.crop_window.shift,
-        "threshold": options.threshold,
+        **options.slice_spec.to_dict(),
     }
 
 

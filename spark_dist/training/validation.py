@@ -19,10 +19,8 @@ def validation(job: Job) -> Callable[[nn.Module], dict[str, float]]:
     cases = job.store.split(job.options.split, "val")
 
     def validate(network: nn.Module) -> dict[str, float]:
-        o = job.options
-        figures = evaluate_cases(
-            job.accelerator, network, job.store, cases, o.task, o.crop_window, o.threshold, distances=False
-        )
+        spec = job.options.slice_spec
+        figures = evaluate_cases(job.accelerator, network, job.store, cases, spec, distances=False)
         return {f"val/{key}": s["mean"] for key, s in summaries(figures).items() if key.startswith("dice")}
 
     return validate
@@ -32,10 +30,10 @@ def evaluate_on_test(
     job: Job, role: str, checkpoint: Path, folder: Path, tracker: Tracker, teacher: Path | None = None
 ) -> None:
     """Figures of a checkpoint on the test cases, and a picture (beside the teacher's), into `folder` and the run."""
-    o, device = job.options, job.accelerator.device
+    spec, device = job.options.slice_spec, job.accelerator.device
     network = load_network(checkpoint)[0].to(device)
-    cases = job.store.split(o.split, "test")
-    figures = evaluate_cases(job.accelerator, network, job.store, cases, o.task, o.crop_window, o.threshold)
+    cases = job.store.split(job.options.split, "test")
+    figures = evaluate_cases(job.accelerator, network, job.store, cases, spec)
     summary = summaries(figures)
     job.say(f"{role}: test {format_summaries(summary)}")
     tracker.metrics({f"test/{key}": s["mean"] for key, s in summary.items()}, step=0)
@@ -44,8 +42,8 @@ def evaluate_on_test(
         networks[role] = network
         folder.mkdir(parents=True, exist_ok=True)
         picture = folder / "predictions.png"
-        predictions_picture(job.store, cases, o.task, o.crop_window, o.threshold, networks, device, picture)
+        predictions_picture(job.store, cases, spec, networks, picture)
         tracker.artifact(picture)
-        write_cases(folder / "test_cases.json", figures, task=o.task, split="test", threshold=o.threshold)
+        write_cases(folder / "test_cases.json", figures, task=spec.task, split="test", threshold=spec.threshold)
         tracker.artifact(folder / "test_cases.json")
     job.accelerator.wait_for_everyone()

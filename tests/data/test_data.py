@@ -19,7 +19,9 @@ from spark_dist.data.batches import SliceDataset, to_device
 from spark_dist.data.loader import Ahead, blocks_in_use, training_loader
 from spark_dist.data.order import EpochSampler
 from spark_dist.data.slices import slice_table
-from spark_dist.data.views import ORIENTATIONS, UPRIGHT, Crop, orient
+from spark_dist.data.views import ORIENTATIONS, UPRIGHT, Crop, SliceSpec, orient
+
+SPEC = SliceSpec("organ", Crop((32, 32)))
 
 
 @pytest.fixture
@@ -73,8 +75,9 @@ def test_the_eight_orientations_differ_and_keep_the_pixels():
 
 def test_batches_hold_windowed_slices_and_their_masks(table):
     crop = Crop((32, 32), (1, -2))
+    spec = SliceSpec("tumour", crop)
     keys = [ORIENTATIONS * row + row % ORIENTATIONS for row in range(9)]
-    batch = to_device(SliceDataset(table, crop).__getitems__(keys), "tumour", torch.device("cpu"))
+    batch = to_device(SliceDataset(table, spec).__getitems__(keys), spec, torch.device("cpu"))
     for n, key in enumerate(keys):
         case = table.cases[table.case[key // ORIENTATIONS]]
         z = table.slice[key // ORIENTATIONS]
@@ -137,7 +140,7 @@ def test_too_many_processes_for_a_batch_is_refused():
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_workers_give_the_same_batches(table, workers):
     """Also to one who takes his time, while the workers go on filling their blocks, or who leaves in the middle."""
-    dataset = SliceDataset(table, Crop((32, 32)))
+    dataset = SliceDataset(table, SPEC)
     dataset.__getitems__([0, 1])  # opened in the parent before the workers start
     sampler = EpochSampler(len(table), 1, 0, range(8))
     plain = [dataset.__getitems__(keys) for keys in sampler]
@@ -170,13 +173,13 @@ import torch
 from torch.utils.data import DataLoader
 from data_tools.store import open_store
 from spark_dist.data.shared_memory import packed
-from spark_dist.data.views import Crop
+from spark_dist.data.views import Crop, SliceSpec
 from spark_dist.data.batches import SliceDataset
 from spark_dist.data.slices import slice_table
 
 if __name__ == "__main__":
     table = slice_table(open_store(Path({str(tiny_store)!r})), "default", "train", "organ")
-    dataset = SliceDataset(table, Crop((32, 32)))
+    dataset = SliceDataset(table, SliceSpec("organ", Crop((32, 32))))
     keys = [[0, 9, 18], [27, 36]]
     read = [dataset.__getitems__(batch)["image"] for batch in keys]
     loader = DataLoader(
@@ -201,13 +204,13 @@ def test_a_damaged_chunk_names_case_and_slice(tiny_store, tmp_path):
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 16
     shard.write_bytes(data)
-    dataset = SliceDataset(table, Crop((32, 32)))
+    dataset = SliceDataset(table, SPEC)
     rows = np.flatnonzero(table.case == 0)
     with pytest.raises(UserError, match=r"case_00000 slice \d+ is damaged"):
         [dataset.__getitems__([int(row) * ORIENTATIONS]) for row in rows]
     shard.unlink()
     with pytest.raises(UserError, match="case_00000 slice"):
-        SliceDataset(table, Crop((32, 32))).__getitems__([int(rows[0]) * ORIENTATIONS])
+        SliceDataset(table, SPEC).__getitems__([int(rows[0]) * ORIENTATIONS])
 
 
 def test_a_part_without_the_target_is_refused(tiny_store, tmp_path):
@@ -221,7 +224,7 @@ def test_a_part_without_the_target_is_refused(tiny_store, tmp_path):
 
 
 def test_the_dataset_can_be_sent_to_a_worker_after_use(table):
-    dataset = SliceDataset(table, Crop((32, 32)))
+    dataset = SliceDataset(table, SPEC)
     first = dataset.__getitems__([8, 17])
     again = pickle.loads(pickle.dumps(dataset)).__getitems__([8, 17])
     assert torch.equal(first["image"], again["image"])

@@ -190,7 +190,7 @@ def test_fifty_damages_to_a_store_are_named_not_trained_on_and_healed(cases, tmp
     torch = pytest.importorskip("torch")
     from spark_dist.data.batches import SliceDataset
     from spark_dist.data.slices import slice_table
-    from spark_dist.data.views import ORIENTATIONS, Crop
+    from spark_dist.data.views import ORIENTATIONS, Crop, SliceSpec
 
     random = np.random.default_rng(0)
     store = tmp_path / "s.zarr"
@@ -204,7 +204,7 @@ def test_fifty_damages_to_a_store_are_named_not_trained_on_and_healed(cases, tmp
         """Read every slice of a case as training does. Returns the error's message."""
         message = ""
         table = slice_table(open_store(store), "all", "train", "organ", "all")
-        data = SliceDataset(table, Crop(truth[name][0].shape[1:]))
+        data = SliceDataset(table, SliceSpec("organ", Crop(truth[name][0].shape[1:])))
         for row in np.flatnonzero(table.case == names.index(name)):
             try:
                 batch = data.__getitems__([int(row) * ORIENTATIONS])

@@ -66,7 +66,7 @@ def test_places():
 def test_a_store_in_a_bucket_is_the_one_in_a_folder(bucket, tmp_path, capsys):
     from spark_dist.data.batches import SliceDataset
     from spark_dist.data.slices import slice_table
-    from spark_dist.data.views import Crop
+    from spark_dist.data.views import Crop, SliceSpec
 
     save_kits(tmp_path / "kits", 3)
     places = [str(tmp_path / "s.zarr"), f"{bucket}/folder/s.zarr"]
@@ -85,7 +85,7 @@ def test_a_store_in_a_bucket_is_the_one_in_a_folder(bucket, tmp_path, capsys):
     batches = []
     for store in (local, remote):
         table = slice_table(store, "default", "train", "organ")
-        batches.append(SliceDataset(table, Crop((8, 8))).__getitems__([0, 9, 18]))
+        batches.append(SliceDataset(table, SliceSpec("organ", Crop((8, 8)))).__getitems__([0, 9, 18]))
     for kind in ("image", "label", "window"):
         np.testing.assert_array_equal(batches[0][kind], batches[1][kind])
     capsys.readouterr()
@@ -121,22 +121,22 @@ def test_a_store_in_a_bucket_is_verified_repaired_and_exported(bucket, tmp_path,
 def test_damage_in_a_bucket_is_found(bucket, tiny_store, capsys):
     from spark_dist.data.batches import SliceDataset
     from spark_dist.data.slices import slice_table
-    from spark_dist.data.views import Crop
+    from spark_dist.data.views import Crop, SliceSpec
 
     place = located(f"{bucket}/damaged.zarr")
     place.fs.put(str(tiny_store), place.path, recursive=True)
     table = slice_table(open_store(place), "default", "train", "organ")
-    assert SliceDataset(table, Crop((16, 16))).__getitems__([0])["label"].any()
+    assert SliceDataset(table, SliceSpec("organ", Crop((16, 16)))).__getitems__([0])["label"].any()
     shard = place / "cases" / "case_00000" / "image" / "c" / "0" / "0" / "0"
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 8
     shard.write_bytes(bytes(data))
     rows = np.flatnonzero(table.case == 0) * 8
     with pytest.raises(UserError, match=r"case_00000 slice \d is damaged"):
-        SliceDataset(table, Crop((16, 16))).__getitems__(rows)
+        SliceDataset(table, SliceSpec("organ", Crop((16, 16)))).__getitems__(rows)
     place.fs.rm(shard.path)
     with pytest.raises(UserError, match=r"case_00000 slice \d is damaged"):
-        SliceDataset(table, Crop((16, 16))).__getitems__([0])
+        SliceDataset(table, SliceSpec("organ", Crop((16, 16)))).__getitems__([0])
 
 
 @pytest.mark.parametrize("address", ["s3://data/nothing.zarr", "s3://no-such-bucket/s.zarr"])

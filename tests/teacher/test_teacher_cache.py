@@ -11,12 +11,13 @@ from spark_dist.data.loader import training_loader
 from spark_dist.data.number_formats import DTYPES, ROUNDING, as_tensor, decode, encode, entry_bytes, layout
 from spark_dist.data.order import EpochSampler
 from spark_dist.data.slices import slice_table
-from spark_dist.data.views import ORIENTATIONS, Crop, turned
+from spark_dist.data.views import ORIENTATIONS, Crop, SliceSpec, turned
 from spark_dist.distillers import DISTILLERS, build_distiller
 from spark_dist.networks import build_network
 from spark_dist.teacher.fingerprint import cache_fingerprint, open_cache, probe_targets, weights_hash
 from spark_dist.teacher.targets import TeacherTargets
 
+SPEC = SliceSpec("organ", Crop((32, 32)))
 SHAPES = {"a": (4, 5), "b": (2,)}
 
 
@@ -149,8 +150,8 @@ def test_cached_losses_equal_live_ones_in_all_orientations(tiny_store, tmp_path,
     keys = [row * ORIENTATIONS + row for row in range(ORIENTATIONS)]
 
     def losses(cache):
-        raw = SliceDataset(table, Crop((32, 32)), cache).__getitems__(keys)
-        batch = to_device(raw, "organ", torch.device("cpu"))
+        raw = SliceDataset(table, SPEC, cache).__getitems__(keys)
+        batch = to_device(raw, SPEC, torch.device("cpu"))
         targets = TeacherTargets(teacher, distiller, cache, nullcontext)
         torch.manual_seed(1)
         terms = distiller(student(batch.image), targets(batch), batch.mask, batch.index)
@@ -171,12 +172,12 @@ def test_cached_losses_equal_live_ones_in_all_orientations(tiny_store, tmp_path,
 
 def make_confident(teacher, table):
     """A fresh teacher answers the same everywhere, up to rounding; a trained one does not."""
-    raw = SliceDataset(table, Crop((32, 32))).__getitems__(list(range(0, 8 * ORIENTATIONS, ORIENTATIONS)))
+    raw = SliceDataset(table, SPEC).__getitems__(list(range(0, 8 * ORIENTATIONS, ORIENTATIONS)))
     for module in teacher.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None  # The running statistics are those of this batch, not a tenth of them.
     with torch.no_grad():
-        teacher.train()(to_device(raw, "organ", torch.device("cpu")).image)
+        teacher.train()(to_device(raw, SPEC, torch.device("cpu")).image)
         teacher.head.weight *= 10
 
 
@@ -184,7 +185,7 @@ def test_turned_is_what_a_batch_is_turned_by_and_back(tiny_store):
     table = slice_table(open_store(tiny_store), "default", "train", "organ")
     turns = np.arange(8)
     upright, oriented = (
-        to_device(SliceDataset(table, Crop((32, 32))).__getitems__(3 * ORIENTATIONS + o), "organ", torch.device("cpu"))
+        to_device(SliceDataset(table, SPEC).__getitems__(3 * ORIENTATIONS + o), SPEC, torch.device("cpu"))
         for o in (turns * 0, turns)
     )
     assert torch.equal(turned(upright.image, turns), oriented.image)
@@ -202,8 +203,8 @@ def test_canonical_targets_are_those_of_the_upright_slice_turned(tiny_store, tmp
 
     def batch(turns, cached=None):
         keys = ORIENTATIONS * np.arange(4) + turns
-        raw = SliceDataset(table, Crop((32, 32)), cached).__getitems__(keys)
-        return to_device(raw, "organ", torch.device("cpu"))
+        raw = SliceDataset(table, SPEC, cached).__getitems__(keys)
+        return to_device(raw, SPEC, torch.device("cpu"))
 
     upright = live(batch(0))
     first = targets(batch(np.array([1, 3, 4, 6])))
@@ -228,7 +229,7 @@ def test_a_worker_hands_over_entries_in_its_blocks(tiny_store, tmp_path, dtype, 
     cache = TeacherCache(tmp_path, len(table) * ORIENTATIONS, shapes, dtype, memory=memory)
     expected = cache.add(np.arange(len(table)) * ORIENTATIONS, values)
     cache.flush()
-    loader = training_loader(SliceDataset(table, Crop((32, 32)), cache), EpochSampler(len(table), 5, 0, (0,)), 1)
+    loader = training_loader(SliceDataset(table, SPEC, cache), EpochSampler(len(table), 5, 0, (0,)), 1)
     for batch in loader:
         targets = batch["entries"].arrays
         for name, x in decode(targets).items():
