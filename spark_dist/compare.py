@@ -191,6 +191,8 @@ def reach(tracking_uri: str) -> tuple[Any, dict[str, str]]:
     try:
         client = make_client(uri)
         return client, {e.name: e.experiment_id for e in client.search_experiments() if e.name != "Default"}
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{tracking_uri}: can't be reached ({brief(error)})") from None
 

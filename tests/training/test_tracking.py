@@ -1,16 +1,20 @@
 import json
 import math
 import os
+import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import closing
 
 import pytest
 
 from data_tools.errors import UserError
+from spark_dist.compare import load_runs
 from spark_dist.training.tracking import (
     BATCH,
     Tracker,
@@ -24,9 +28,59 @@ from spark_dist.training.tracking import (
 )
 
 
+@pytest.fixture(scope="session")
+def database(tmp_path_factory):
+    """An empty MLflow database, which takes seconds to make."""
+    file = tmp_path_factory.mktemp("database") / "mlflow.db"
+    make_client(f"sqlite:///{file}")
+    return file
+
+
 @pytest.fixture
-def store(tmp_path):
+def store(database, tmp_path):
+    shutil.copy(database, tmp_path)
     return f"sqlite:///{tmp_path}/mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def finished(database, tmp_path_factory):
+    """A database, and beside it a job with a stage which it has, and somebody else's run."""
+    folder = tmp_path_factory.mktemp("finished")
+    store = f"sqlite:///{shutil.copy(database, folder)}"
+    parent = open_run(store, "e", "job", folder / "job", {}, {})
+    child = open_run(store, "e", "student", folder / "job" / "student", {}, {"lr": 1}, parent)
+    for step in range(3):
+        child.metrics({"loss": step}, step)
+    child.finish("FINISHED")
+    parent.finish("FINISHED")
+    client = make_client(store)
+    client.create_run(client.get_experiment_by_name("e").experiment_id, tags={"mlflow.runName": "foreign"})
+    return folder
+
+
+@pytest.fixture
+def sent(finished, tmp_path):
+    """A copy of that job."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    for file in (tmp_path / "job").rglob("tracking.json"):
+        file.write_text(file.read_text().replace(str(finished), str(tmp_path)))
+    return tmp_path / "job"
+
+
+def check_sent(uri, folder):
+    """Whether a server has all of that job once, and nothing in another's run."""
+    client = make_client(uri)
+    found = {run.info.run_name: run for run in runs(uri)}
+    assert len(found) == len(runs(uri))
+    if "foreign" in found:
+        assert not found["foreign"].data.metrics
+        assert set(found["foreign"].data.tags) <= {"mlflow.runName", "mlflow.user"}
+    for name, part in (("job", folder), ("student", folder / "student")):
+        assert found[name].info.status == "FINISHED"
+        assert found[name].info.run_id == state(part)["run_id"]
+    assert found["student"].data.tags["mlflow.parentRunId"] == found["job"].info.run_id
+    history = client.get_metric_history(found["student"].info.run_id, "loss")
+    assert sorted((metric.step, metric.value) for metric in history) == [(0, 0), (1, 1), (2, 2)]
 
 
 @pytest.fixture
@@ -155,7 +209,8 @@ def test_a_run_that_goes_on_with_another_server_is_there_as_a_whole(store, tmp_p
     first = open_run(store, "e", "r", tmp_path / "r", {}, {})
     first.metrics({"loss": 1}, 1)
     first.finish("KILLED")
-    other = f"sqlite:///{tmp_path}/other.db"
+    other = store.replace("mlflow.db", "other.db")
+    shutil.copy(tmp_path / "mlflow.db", tmp_path / "other.db")
     second = open_run(other, "e", "r", tmp_path / "r", {}, {})
     second.metrics({"loss": 2}, 2)
     second.finish("FINISHED")
@@ -214,11 +269,208 @@ def test_a_relative_database_is_made_absolute(tmp_path, monkeypatch):
     assert absolute_uri("http://host:5000") == "http://host:5000"
 
 
-def test_jobs_that_start_together_make_one_database(store, tmp_path):
+def test_jobs_that_start_together_make_one_database(tmp_path):
+    store = f"sqlite:///{tmp_path}/mlflow.db"
     code = "import sys; from spark_dist.training.tracking import make_client; make_client(sys.argv[1])"
     started = [subprocess.Popen([sys.executable, "-c", code, store]) for _ in range(3)]
     assert [process.wait(120) for process in started] == [0, 0, 0]
     assert make_client(store).search_experiments()
+
+
+KILLED = """
+import os, sys
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+from spark_dist.training.tracking import make_client
+import alembic.command, mlflow.store.tracking.sqlalchemy_store
+
+def kill(*about):
+    os.kill(os.getpid(), 9)
+
+def at_statement(number):
+    statements = []
+
+    @event.listens_for(Engine, "before_cursor_execute")
+    def count(*about):
+        statements.append(about)
+        if len(statements) == number:
+            kill()
+
+for place in sys.argv[2:]:
+    if not (child := os.fork()):
+        if place == "fsync":
+            os.fsync = kill
+        else:
+            at_statement(int(place))
+        make_client(sys.argv[1])
+        os._exit(0)
+    print(place, os.waitpid(child, 0)[1])
+"""
+
+
+def test_killed_while_the_database_is_made_it_is_made_by_the_next_job(tmp_path):
+    """Among the moments are two that would leave half a database for good."""
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    line = [sys.executable, "-c", KILLED, store, "30", "900", "fsync"]
+    killed = subprocess.run(line, capture_output=True, text=True, check=True)
+    assert killed.stdout == "30 9\n900 9\nfsync 9\n"
+    assert not (tmp_path / "mlflow.db").exists()
+    tracker = open_run(store, "e", "r", tmp_path / "r", {}, {})
+    tracker.metrics({"loss": 1}, 1)
+    tracker.finish("FINISHED")
+    assert history(store, tmp_path / "r", "loss") == [(1, 1)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mlflow.db", "mlflow.db.lock", "r"]
+
+
+def test_a_disk_that_is_full_when_the_database_is_made_gets_it_later(small_disk, tmp_path, caplog):
+    disk = small_disk("200k")
+    store = f"sqlite:///{disk}/mlflow.db"
+    (disk / "mlflow.db-journal").write_bytes(b"of a database that was here before")
+    tracker = open_run(store, "e", "r", tmp_path / "r", {}, {})
+    tracker.metrics({"loss": 1}, 1)
+    tracker.finish("FINISHED")
+    tracker.thread.join()  # it may be at its last attempt
+    first, last = (record.getMessage() for record in caplog.records)
+    assert first.startswith(f"tracking: {disk}/mlflow.db: can't be written (")
+    assert first.endswith("; training goes on")
+    assert last.endswith(f"and spark-dist track-sync {tmp_path}/r --tracking-uri {store} sends them")
+    assert [path.name for path in disk.iterdir()] == ["mlflow.db.lock"]
+    subprocess.run(["mount", "-o", "remount,size=8m", disk], check=True)
+    assert sync(tmp_path / "r", store) > 2
+    assert history(store, tmp_path / "r", "loss") == [(1, 1)]
+
+
+def alter(file, *statements):
+    with closing(sqlite3.connect(file)) as database:
+        for statement in statements:
+            database.execute(statement)
+        database.commit()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda file: file.write_bytes(b"not a database" * 1000), "not a whole MLflow database"),
+        (lambda file: os.truncate(file, 5000), "not a whole MLflow database"),
+        (lambda file: (file.unlink(), alter(file, "CREATE TABLE patients (name)")), "not a whole MLflow database"),
+        (lambda file: alter(file, "DROP TABLE experiments"), "not a whole MLflow database"),
+        (lambda file: alter(file, "UPDATE alembic_version SET version_num = '181f10493468'"), "mlflow db upgrade"),
+        (lambda file: alter(file, "UPDATE alembic_version SET version_num = 'later'"), "another version of MLflow"),
+    ],
+    ids=["no database", "cut", "foreign", "half", "older", "newer"],
+)
+def test_a_database_that_can_not_be_opened_is_named_and_the_journal_waits(damage, message, sent, database, tmp_path):
+    file, store = tmp_path / "mlflow.db", f"sqlite:///{tmp_path}/mlflow.db"
+    damage(file)
+    before = file.read_bytes()
+    for opened in (lambda: sync(sent, store), lambda: load_runs(store)):
+        with pytest.raises(UserError, match=f"mlflow.db: .*{message}.*move it away") as error:
+            opened()
+        assert "\n" not in str(error.value)
+    assert file.read_bytes() == before
+    file.rename(tmp_path / "away")
+    shutil.copy(database, file)
+    assert sync(sent, store) > 5
+    check_sent(store, sent)
+
+
+def test_a_database_that_was_removed_is_sent_everything_again(sent, database, tmp_path):
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    assert sync(sent, store) == 0
+    entries = sum(1 for part in (sent, sent / "student") for _ in read_journal(part))
+    (tmp_path / "mlflow.db").unlink()
+    shutil.copy(database, tmp_path)
+    with pytest.raises(UserError, match="sync the folder of the whole job"):
+        sync(sent / "student", store)
+    assert sync(sent, store) == entries
+    check_sent(store, sent)
+    assert sync(sent, store) == 0
+
+
+def test_a_database_that_is_replaced_under_a_running_job_gets_all_of_it(store, database, tmp_path):
+    tracker = open_run(store, "e", "r", tmp_path / "r", {}, {})
+    tracker.metrics({"loss": 1}, 1)
+    wait_until(lambda: tracker.run_id and not tracker.sender.left())
+    shutil.copy(database, tmp_path / "other.db")
+    (tmp_path / "other.db").replace(tmp_path / "mlflow.db")
+    tracker.metrics({"loss": 2}, 2)
+    tracker.finish("FINISHED")
+    assert history(store, tmp_path / "r", "loss") == [(1, 1), (2, 2)]
+    assert [run.info.status for run in runs(store)] == ["FINISHED"]
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        *("", "{", "\0\0", "[]", "3", "{}"),
+        *({"run_id": value} for value in (None, 5, "", "nobody's", "../..", "'", "foreign")),
+        *({"sent": value} for value in (-1, None, "all", 10, 10**9)),
+    ],
+    ids=str,
+)
+def test_a_note_of_what_was_sent_that_was_edited_costs_nothing(note, sent, tmp_path):
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    for part in (sent, sent / "student"):
+        text = note
+        if isinstance(note, dict):
+            (foreign,) = (run.info.run_id for run in runs(store) if run.info.run_name == "foreign")
+            text = json.dumps(state(part) | note).replace('"foreign"', f'"{foreign}"')
+        (part / "tracking.json").write_text(text)
+    assert sync(sent, store) > 2
+    check_sent(store, sent)
+
+
+def test_damaged_lines_of_a_journal_are_left_out_and_said(sent, database, tmp_path, caplog):
+    journal = sent / "student" / "tracking.jsonl"
+    first, *others = journal.read_bytes().splitlines(keepends=True)
+    damaged = ["3", "null", "[1]", "{", '"time"', "\0\0", '{"time": "x"}', '{"id": 3}', '{"id": "0"}', '{"tags": 5}']
+    damaged += ['{"time": 1, "step": 1, "metrics": 5}', '{"time": 1, "step": 1, "metrics": {"loss": "x"}}']
+    damaged += ['{"time": 1, "metrics": {"loss": 1}}', '{"artifact": "x"}', '{"status": "DONE"}']
+    bad = [line.encode() + b"\n" for line in damaged] + [b"\xff\xfe\n"]
+    journal.write_bytes(first + b"".join(bad) + b"".join(others))
+    store = f"sqlite:///{shutil.copy(database, tmp_path / 'mlflow.db')}"
+    assert sync(sent, store) > len(bad)
+    check_sent(store, sent)
+    assert caplog.text.count("damaged lines, which are left out") == 1
+
+    journal.write_bytes(b"".join(bad + others))
+    shutil.copy(database, tmp_path / "mlflow.db")
+    with pytest.raises(UserError, match=r"student/tracking.jsonl: the line that describes the run is damaged"):
+        sync(sent, store)
+    assert [run.info.run_name for run in runs(store)] == ["job"]
+    parent = open_run(store, "e", "job", sent, {}, {})
+    child = open_run(store, "e", "student", sent / "student", {}, {}, parent)
+    child.finish("FINISHED")
+    parent.finish("FINISHED")
+    check_sent(store, sent)
+
+
+def test_a_sweep_may_have_any_name_and_a_foreign_run_with_its_name_is_none(store, tmp_path):
+    name = """it's "quoted" %"""
+    client = make_client(store)
+    client.create_run(client.create_experiment("e"), tags={"sweep": name, "mlflow.runName": "foreign"})
+    for k in range(2):
+        tracker = open_run(store, "e", f"job {k}", tmp_path / str(k), {}, {}, name)
+        tracker.finish("FINISHED")
+    found = {run.info.run_name: run for run in runs(store)}
+    assert found.keys() == {name, "job 0", "job 1", "foreign"}
+    for k in range(2):
+        assert found[f"job {k}"].data.tags["mlflow.parentRunId"] == found[name].info.run_id
+
+
+def test_what_somebody_deleted_in_mlflow_is_said_and_waits(sent, tmp_path):
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    client = make_client(store)
+    run = state(sent)["run_id"]
+    client.delete_run(run)
+    with pytest.raises(UserError, match=f"mlflow runs restore --run-id {run}"):
+        sync(sent, store)
+    client.restore_run(run)
+    assert sync(sent, store) == 0
+    client.delete_experiment(client.get_experiment_by_name("e").experiment_id)
+    (sent / "tracking.json").unlink()
+    with pytest.raises(UserError, match=r"experiment 'e' was deleted.*mlflow experiments restore"):
+        sync(sent, store)
 
 
 @pytest.fixture
