@@ -2,8 +2,8 @@
 
 Throughout, logits are (N, 2, H, W), the mask is the one-hot truth (N, 2, H, W) in float (background, target), and a
 loss is a scalar. All compute in float32, also under autocast. Means are over samples and pixels, so that the means of
-several processes, weighted by their numbers of samples, give the mean of the whole batch; the soft Dice is a ratio of
-sums, so its sums are taken over all processes.
+several processes, weighted by their numbers of samples, give the mean of the whole batch; the Dice losses are ratios of
+sums, so their sums are taken over all processes.
 """
 
 import torch
@@ -56,6 +56,20 @@ def soft_dice(logits: Tensor, mask: Tensor, smooth: float = 1.0) -> Tensor:
     p, truth = logits.float().softmax(dim=1)[:, 1], mask[:, 1].float()
     overlap, predicted, true = sum_over_processes(torch.stack([(p * truth).sum(), p.sum(), truth.sum()]))
     return 1 - (2 * overlap + smooth) / (predicted + true + smooth)
+
+
+def dice_semimetric(student: Tensor, teacher: Tensor, smooth: float = 1.0) -> Tensor:
+    """Dice semimetric loss Σ|p − q| / (Σp + Σq + smooth) of the class probabilities p of `student` and q of `teacher`.
+
+    Takes logits (N, C, H, W). The mean over classes 1 to C − 1, the sums of each being over the whole batch (of all
+    processes). Wang et al., Dice Semimetric Losses, MICCAI 2023, arXiv 2303.16296: Δ_DML,1 = 1 − (‖p + q‖₁ − ‖p − q‖₁)
+    / ‖p + q‖₁. It is least where p is q, while soft Dice is least at a p of 0 or 1 whatever q is; where q is 0 or 1
+    everywhere, it is the soft Dice loss.
+    """
+    p, q = (logits.float().softmax(dim=1)[:, 1:] for logits in (student, teacher))
+    sums = torch.stack([(p - q).abs().sum(dim=(0, 2, 3)), (p + q).sum(dim=(0, 2, 3))])
+    apart, total = sum_over_processes(sums)
+    return (apart / (total + smooth)).mean()
 
 
 def segmentation(logits: Tensor, mask: Tensor) -> Tensor:

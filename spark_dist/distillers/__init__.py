@@ -25,6 +25,7 @@ from .ofd import OFD
 from .reviewehcdatt import ReviewEhcdAtt
 from .reviewkd import ReviewKD
 from .rkd import RKD
+from .soft import Soft
 from .sp import SP
 from .spark import SPARK
 from .tfkd import TfKD
@@ -48,6 +49,7 @@ DISTILLERS = {
     "reviewehcdatt": ReviewEhcdAtt,
     "reviewkd": ReviewKD,
     "rkd": RKD,
+    "soft": Soft,
     "sp": SP,
     "spark": SPARK,
     "tfkd": TfKD,

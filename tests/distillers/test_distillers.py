@@ -293,6 +293,23 @@ def test_dist_asks_for_a_linear_relation_only():
     assert terms_of(build("dist"), student, teacher, mask)["intra"].item() == pytest.approx(0, abs=1e-5)
 
 
+def test_soft():
+    student, teacher, mask = case("soft")
+    terms = terms_of(build("soft", kl=0.3, dice=0.7), student, teacher, mask)
+    p, q = (softmax(x[0], axis=1) for x in in_numpy(student, teacher))
+    check(terms, "kl", 0.3 * (q * np.log(q / p)).sum(axis=1).mean())
+    p, q = p[:, 1].ravel(), q[:, 1].ravel()
+    check(terms, "dice", 0.7 * (1 - ((p + q).sum() - np.abs(p - q).sum() + 1) / ((p + q).sum() + 1)))
+    check(terms, "segmentation", 0.5 * losses.segmentation(student.logits, mask).item())
+
+
+def test_soft_asks_for_the_teachers_probabilities_and_nothing_else():
+    _, teacher, mask = case("soft")
+    terms = terms_of(build("soft"), teacher, teacher, mask)
+    assert terms["kl"].item() == pytest.approx(0, abs=1e-6)
+    assert terms["dice"].item() == pytest.approx(0, abs=1e-6)
+
+
 def test_lskd():
     student, teacher, mask = case("lskd")
     terms = terms_of(build("lskd"), student, teacher, mask)
@@ -408,7 +425,7 @@ def test_spark_caches_maps_at_the_size_at_which_they_are_compared():
 
 def test_targets_are_as_small_as_the_formula_allows():
     sizes = {}
-    for name in ("at", "dist", "emkd", "gid", "crd", "ehcdatt"):
+    for name in ("at", "dist", "emkd", "gid", "crd", "ehcdatt", "soft"):
         _, teacher, mask = case(name)
         targets = build(name).teacher_targets(teacher, mask)
         sizes[name] = sum(t[0].numel() for t in targets.values())
@@ -419,6 +436,7 @@ def test_targets_are_as_small_as_the_formula_allows():
         "gid": 2 * 4 * 4,
         "crd": 10,
         "ehcdatt": 8 * 8 + 2 * 2,
+        "soft": 32 * 32,
     }
 
 

@@ -47,16 +47,45 @@ def test_an_empty_slice_found_empty_costs_nothing():
     assert losses.segmentation(logits, mask).item() == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_with_hard_labels_the_dice_semimetric_loss_is_the_soft_dice(seed):
+    student, _, mask = golden_inputs(seed)
+    hard = 100 * (2 * mask - 1)
+    expected = losses.soft_dice(student.logits, mask).item()
+    assert losses.dice_semimetric(student.logits, hard).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_dice_semimetric_loss_is_least_at_the_soft_label_where_soft_dice_is_not():
+    def logits(p):
+        return torch.tensor([[1 - p], [p]]).log().view(1, 2, 1, 1).expand(1, 2, 16, 16)
+
+    found = {p: losses.dice_semimetric(logits(p), logits(0.4)).item() for p in (0.2, 0.3, 0.4, 0.5, 0.9)}
+    assert found[0.4] == pytest.approx(0, abs=1e-6)
+    assert min(found, key=found.get) == 0.4
+    soft = torch.full((1, 2, 16, 16), 0.6)
+    assert losses.soft_dice(logits(0.9), soft) < losses.soft_dice(logits(0.6), soft)
+
+
+def test_the_dice_semimetric_loss_of_several_classes_is_their_mean_without_the_background():
+    student, teacher = np.random.default_rng(0).normal(0, 2, (2, 3, 4, 6, 6))
+    p, q = (np.exp(x) / np.exp(x).sum(axis=1, keepdims=True) for x in (student, teacher))
+    of_class = [np.abs(p - q)[:, c].sum() / ((p + q)[:, c].sum() + 1) for c in (1, 2, 3)]
+    found = losses.dice_semimetric(torch.tensor(student), torch.tensor(teacher))
+    assert found.item() == pytest.approx(np.mean(of_class), rel=1e-5)
+
+
 @pytest.mark.parametrize("size", [1.0, 60.0])
 def test_half_precision_logits_give_float32_losses_and_finite_gradients(size):
     student, teacher, mask = golden_inputs(0)
     logits = (size * student.logits).bfloat16().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = losses.segmentation(logits, mask) + losses.kl(logits, (size * teacher.logits).bfloat16(), 4)
+        loss = loss + losses.dice_semimetric(logits, (size * teacher.logits).bfloat16())
     assert loss.dtype == torch.float32
     loss.backward()
     assert logits.grad.isfinite().all()
     exact = losses.segmentation(logits.float(), mask) + losses.kl(logits.float(), size * teacher.logits, 4)
+    exact = exact + losses.dice_semimetric(logits.float(), size * teacher.logits)
     assert loss.item() == pytest.approx(exact.item(), rel=0.01)
 
 

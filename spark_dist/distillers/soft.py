@@ -1,0 +1,37 @@
+"""Soft targets: the teacher's probabilities, by KL and by overlap."""
+
+from torch import Tensor
+
+from spark_dist import losses
+from spark_dist.networks.base import NetworkOutput, Taps
+
+from .base import Distiller
+
+
+class Soft(Distiller):
+    """The teacher's probabilities as soft labels (Hinton et al., arXiv 1503.02531), by pixel and by overlap.
+
+    segmentation · (½ focal + ½ soft Dice) + kl · KL(teacher ‖ student) at temperature 1 + dice · Dice semimetric loss
+    (Wang et al., MICCAI 2023, arXiv 2303.16296; see `losses.dice_semimetric`).
+
+    It needs nothing of the teacher but its prediction. The temperature is 1 because with two classes a higher one pulls
+    hardest on pixels that are background beyond doubt.
+    Caches the logits' difference. Defined over the whole batch (of all processes).
+    """
+
+    def __init__(self, student: Taps, teacher: Taps, segmentation: float = 0.5, kl: float = 0.5, dice: float = 0.5):
+        super().__init__()
+        self.segmentation, self.kl, self.dice = segmentation, kl, dice
+
+    def teacher_targets(self, teacher: NetworkOutput, mask: Tensor) -> dict[str, Tensor]:
+        return {"margin": losses.margin(teacher.logits)}
+
+    def forward(
+        self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
+    ) -> dict[str, Tensor]:
+        logits = losses.logits_of(targets["margin"])
+        return {
+            "segmentation": self.segmentation * losses.segmentation(student.logits, mask),
+            "kl": self.kl * losses.kl(student.logits, logits, temperature=1),
+            "dice": self.dice * losses.dice_semimetric(student.logits, logits),
+        }
