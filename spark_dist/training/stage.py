@@ -121,7 +121,7 @@ def train_stage(
             found = f", {damaged} damaged entries" if damaged else ""
             job.say(f"{role}: {hits} targets read from the cache, {forwards} by a teacher forward{found}")
             figures = {"cache/hits": hits, "cache/teacher_forwards": forwards, "cache/damaged": damaged}
-            tracker.metrics(figures | {"cache/waited_seconds": loader.waited}, step=0)
+            tracker.metrics(figures | {"cache/waited_seconds": loader.waited}, step=until * sampler.steps)
         if until < epochs:
             return best
         tracker.artifact(best)

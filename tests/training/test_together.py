@@ -61,6 +61,9 @@ def test_killed_in_any_round_and_resumed_it_is_as_if_nothing_had_been(jobs, tiny
         if how == "rounds":
             # Each round has a cache of its own, and the last is left.
             assert len(list((folder / "cache").iterdir())) == 1
+            hits = [e["step"] for _, e in read_journal(student) if "cache/hits" in e.get("metrics", {})]
+            steps = max(e["step"] for _, e in read_journal(student) if "train/loss" in e.get("metrics", {})) // 4
+            assert hits == [1 * steps, 2 * steps, 4 * steps]  # after each round's epochs
         else:
             assert not (folder / "cache").exists()
     if how == "rounds":
