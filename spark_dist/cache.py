@@ -9,7 +9,6 @@ if __name__ == "__main__":
 
     module_main("spark_dist.cache")
 
-import json
 import shutil
 import time
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from data_tools.errors import UserError
 from data_tools.location import first_line, open_array
+from data_tools.ownership import owned, remove_owned
 from data_tools.progress import console, progress_bar
 from data_tools.report import folder_size
 from data_tools.store import open_store
@@ -171,8 +171,7 @@ def listing(root: Path) -> Table:
     table = Table(title=f"teacher caches in {root}")
     for name in ("cache", "teacher", "method", "dataset", "crop", "format", "entries", "size", "filled", "used"):
         table.add_column(name, justify="right" if name in ("entries", "size") else "left", no_wrap=name == "cache")
-    for folder in caches(root):
-        about = describe(folder)
+    for folder, about in caches(root).items():
         teacher = (
             f"{about.get('teacher', '?')} ×{about.get('teacher_width', 0):g} {about.get('teacher_weights', '')[:6]}"
         )
@@ -185,32 +184,34 @@ def listing(root: Path) -> Table:
 
 
 def prune(root: Path, days: float) -> None:
-    """Remove the caches that were not used for `days`, and segments that killed processes left half-written."""
+    """Remove the caches that were not used for `days`, and what killed processes left half-written in the others."""
     for folder in caches(root):
-        file = folder / "description.json"
-        if not file.exists() or time.time() - file.stat().st_mtime >= 86400 * days:
-            console.print(f"removed {folder} ({folder_size(folder)})")
-            # What is no longer listed is no longer read.
-            file.unlink(missing_ok=True)
-            shutil.rmtree(folder)
+        if time.time() - (folder / "description.json").stat().st_mtime >= 86400 * days:
+            size = folder_size(folder)
+            try:
+                remove_owned(folder, "cache")
+            except UserError as error:
+                console.print(str(error))
+            else:
+                console.print(f"removed {folder} ({size})")
             continue
-        for aside in [*folder.glob("*.tmp"), *folder.glob("segments/*.tmp")]:
+        for aside in [*folder.glob(".description.json.*"), *folder.glob("segments/*.tmp")]:
             if time.time() - aside.stat().st_mtime > 3600:
-                shutil.rmtree(aside, ignore_errors=True)
+                shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
 
 
-def caches(root: Path) -> list[Path]:
-    """The caches' folders. Raises `UserError` if there is no such folder."""
+def caches(root: Path) -> dict[Path, dict[str, Any]]:
+    """The caches' folders with their descriptions; a line names folders like them that bear no cache's mark.
+
+    Raises `UserError` if there is no such folder.
+    """
     if not Path(root).is_dir():
         raise UserError(f"{root}: no such folder; give the --cache-folder of the distill job")
-    return sorted(path.parent for path in Path(root).glob("*/segments") if path.is_dir())
-
-
-def describe(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "description.json").read_text())
-    except (OSError, ValueError):
-        return {}
+    found = {folder: owned(folder, "cache") for folder in sorted(Path(root).iterdir())}
+    for folder, about in found.items():
+        if about is None and (folder / "segments").is_dir():
+            console.print(f"{folder}: left alone, its description.json is not that of a cache of this name")
+    return {folder: about for folder, about in found.items() if about is not None}
 
 
 def count(folder: Path) -> int:

@@ -28,7 +28,7 @@ import tensorstore as ts
 from torch import Tensor
 
 from data_tools.errors import UserError
-from data_tools.location import first_line, open_array
+from data_tools.location import first_line, kvstore, open_array
 from data_tools.shards import DAMAGE, SliceReader
 
 from .number_formats import as_tensor, decode, encode, layout, numpy_dtype
@@ -243,7 +243,7 @@ def write_segment(folder: Path, keys: np.ndarray, values: Mapping[str, np.ndarra
     for name, (array, chunk) in arrays.items():
         spec = {
             "driver": "zarr3",
-            "kvstore": {"driver": "file", "path": str((folder / name).absolute())},
+            "kvstore": kvstore(folder / name),
             "metadata": {
                 "shape": array.shape,
                 "data_type": array.dtype.name,

@@ -1,7 +1,6 @@
 """What names a teacher cache: a hash of everything that its entries follow from."""
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_tools.files import write_text
+from data_tools.ownership import fingerprint, mark
 from spark_dist.data.cache import TeacherCache
 from spark_dist.distillers.base import Distiller
 from spark_dist.networks.base import NetworkOutput, Taps
@@ -49,12 +48,6 @@ def probe_targets(distiller: Distiller, taps: Taps, crop: tuple[int, int]) -> tu
     return digest.hexdigest()[:16], {name: list(values.shape[1:]) for name, values in targets.items()}
 
 
-def cache_fingerprint(description: Mapping[str, Any]) -> str:
-    """The name of the cache that a description belongs to."""
-    facts = {"version": VERSION, **description}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
 def open_cache(
     root: Path,
     description: Mapping[str, Any],
@@ -64,9 +57,11 @@ def open_cache(
     **settings: Any,
 ) -> TeacherCache:
     """The cache that belongs to a description, made if it is not there. Opening it counts as its use."""
-    folder = Path(root) / cache_fingerprint(description)
-    (folder / "segments").mkdir(parents=True, exist_ok=True)
-    write_text(folder / "description.json", json.dumps(description, indent=1, default=str))
+    facts = {"version": VERSION, **description}
+    folder = Path(root).resolve() / fingerprint(facts)  # TensorStore takes no path with `..`
+    # The mark first: a folder that bears none is nobody's, and is never removed.
+    mark(folder, "cache", **facts)
+    (folder / "segments").mkdir(exist_ok=True)
     cache = TeacherCache(folder, size, shapes, dtype, **settings)
     cache.refresh()
     return cache

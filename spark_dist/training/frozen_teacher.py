@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from data_tools.files import write_text
+from data_tools.ownership import owned, remove_owned
 from data_tools.report import bytes_text
 from spark_dist.data.batches import SliceDataset, to_device
 from spark_dist.data.cache import TeacherCache
@@ -39,14 +40,25 @@ def frozen_teacher(job: Job, checkpoint: Path, student: Taps) -> tuple[TeacherTa
 
 
 def only_generation(job: Job, folder: Path) -> None:
-    """Remove the cache of the round before, whose teacher is no more."""
+    """Remove the cache of the round before, whose teacher is no more: the one that job.folder/generation.txt names.
+
+    Nothing else is removed, whatever that file says: it must be a cache beside this one and by its own mark, and
+    differ from it in the teacher's weights alone.
+    """
     file = job.folder / "generation.txt"
     if job.accelerator.is_main_process:
-        before = Path(file.read_text()) if file.exists() else folder
-        write_text(file, str(folder))
-        if before != folder:
-            shutil.rmtree(before, ignore_errors=True)
+        said = file.read_text(errors="replace").strip() if file.exists() else ""
+        before = folder.with_name(Path(said).name or folder.name)
+        write_text(file, folder.name)
+        if before != folder and kin(before) == kin(folder) is not None:
+            remove_owned(before, "cache")
     job.accelerator.wait_for_everyone()
+
+
+def kin(folder: Path) -> dict[str, Any] | None:
+    """What a cache has in common with those of the same job's other rounds; None for anything else."""
+    facts = owned(folder, "cache") if not folder.is_symlink() else None
+    return facts and {key: value for key, value in facts.items() if key != "teacher_weights"}
 
 
 def matching_cache(job: Job, targets: TeacherTargets, facts: dict[str, Any]) -> TeacherCache:

@@ -2,21 +2,27 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import ROOT
+from nifti_cases import all_files
 from safetensors.torch import load_file
 
 from data_tools.location import open_array
+from data_tools.ownership import fingerprint, mark
 from spark_dist.cli import main
 from spark_dist.networks import build_network
 from spark_dist.networks.checkpoint import save_network
+from spark_dist.training.frozen_teacher import only_generation
 
 SMALL = ("--task", "organ", "--crop", 32, "--crop-shift", "[0,0]", "--batch-size", 8, "--student-width", 0.25)
 
@@ -102,6 +108,63 @@ def test_filled_listed_verified_and_pruned(cache, tmp_path):
     assert not list((tmp_path / "caches").iterdir())
     assert "no such folder" in cache("--list", "--cache-folder", "nowhere", code=2, options=())
     assert "give the options of the distill job" in cache(code=2, options=())
+
+
+def test_only_what_bears_a_caches_mark_is_pruned(cache, tmp_path):
+    cache()
+    (ours,) = (tmp_path / "caches").iterdir()
+    (tmp_path / "caches" / "patient" / "segments").mkdir(parents=True)
+    (tmp_path / "caches" / "patient" / "segments" / "liver.nrrd").write_bytes(b"x")
+    for name, description in (("copy", None), ("edited", b"{}"), ("empty", b"")):
+        shutil.copytree(ours, tmp_path / "caches" / name)
+        if description is not None:
+            (tmp_path / "caches" / name / "description.json").write_bytes(description)
+    shutil.copytree(ours, tmp_path / "elsewhere" / ours.name)
+    (tmp_path / "caches" / "job").symlink_to(tmp_path / "elsewhere")
+    shutil.rmtree(ours)
+    ours.symlink_to(tmp_path / "elsewhere" / ours.name)
+    before = all_files(tmp_path)
+    said = cache("--prune", 0, options=())
+    assert all(f"caches/{name}: left alone" in said for name in ("patient", "copy", "edited", "empty"))
+    assert "is a link" in said
+    assert all_files(tmp_path) == before
+
+
+def test_a_generation_that_is_over_is_removed_and_nothing_else(tmp_path, monkeypatch):
+    def generation(weights, **facts):
+        facts = {"version": 2, "method": "spark", "teacher_weights": weights} | facts
+        folder = tmp_path / "caches" / fingerprint(facts)
+        mark(folder, "cache", **facts)
+        (folder / "segments").mkdir()
+        (folder / "segments" / "keys").write_bytes(b"x")
+        return folder
+
+    monkeypatch.chdir(tmp_path)
+    job = SimpleNamespace(folder=tmp_path / "job", accelerator=Accelerator(cpu=True))
+    first, second, other = generation("1"), generation("2"), generation("3", method="kd")
+    only_generation(job, first)
+    only_generation(job, first)
+    assert first.exists()
+    only_generation(job, second)
+    assert sorted(path for path in first.parent.iterdir()) == sorted([second, other])
+
+    moved = tmp_path / "elsewhere" / second.name
+    shutil.copytree(second, moved)
+    before = {path: data for path, data in all_files(tmp_path).items() if "generation" not in path}
+    for text in ("", " ", ".", "..", str(tmp_path), str(moved), "caches", str(other), other.name, "a\0b", "\udcff"):
+        (tmp_path / "job" / "generation.txt").write_text(text, errors="surrogateescape")
+        only_generation(job, second)
+        assert {path: data for path, data in all_files(tmp_path).items() if "generation" not in path} == before, text
+
+
+def test_a_cache_folder_is_reached_through_parents_and_links(cache, tmp_path):
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "er")
+    for folder in ("deep/../caches-1", "link/../caches-2"):
+        said = cache("--cache-folder", folder)
+        assert "writing ends here" not in said
+        assert "0 of" in said
+    assert entries(tmp_path / "caches-1") == entries(tmp_path / "deep" / "caches-2")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_tools.ownership import fingerprint
 from data_tools.store import open_store
 from spark_dist.data.batches import SliceDataset, to_device
 from spark_dist.data.cache import TeacherCache
@@ -14,7 +15,7 @@ from spark_dist.data.slices import slice_table
 from spark_dist.data.views import ORIENTATIONS, Crop, SliceSpec, turned
 from spark_dist.distillers import DISTILLERS, build_distiller
 from spark_dist.networks import build_network
-from spark_dist.teacher.fingerprint import cache_fingerprint, open_cache, probe_targets, weights_hash
+from spark_dist.teacher.fingerprint import open_cache, probe_targets, weights_hash
 from spark_dist.teacher.targets import TeacherTargets
 
 SPEC = SliceSpec("organ", Crop((32, 32)))
@@ -130,10 +131,10 @@ def test_everything_that_matters_is_in_the_name():
     assert name() == name(kl=0.5)
     assert name() != name(gain=3)
     facts = {"teacher_weights": weights_hash(teacher), "method_probe": name()[0]}
-    before = cache_fingerprint(facts)
+    before = fingerprint(facts)
     with torch.no_grad():
         next(teacher.parameters()).view(-1)[0] += 1e-3
-    assert cache_fingerprint(facts | {"teacher_weights": weights_hash(teacher)}) != before
+    assert fingerprint(facts | {"teacher_weights": weights_hash(teacher)}) != before
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float16", 1e-3)])
