@@ -132,7 +132,7 @@ def run(options: CompareOptions) -> None:
     for data in dict.fromkeys((row.dataset, row.task, row.split) for row in rows):
         show(as_table([row for row in rows if (row.dataset, row.task, row.split) == data], options.figure))
     for note in notes:
-        console.print(note, markup=False)
+        console.print(note)
     write_rows(rows, options.csv, options.json)
 
 
@@ -309,14 +309,14 @@ def as_table(rows: Sequence[Row], figure: str) -> Table:
         difference = ""
         if row.difference is not None:
             parts = [scale * part for part in (row.difference, row.difference_low, row.difference_high)]
-            difference = finite("{:+.2f} \\[{:+.2f}, {:+.2f}]", *parts) + missed(row.difference_misses)
+            difference = finite("{:+.2f} [{:+.2f}, {:+.2f}]", *parts) + missed(row.difference_misses)
             difference += "*" if row.against == "all seeds" else ""
         table.add_row(
             row.title,
             row.network if row.width == 1 else f"{row.network} ×{row.width:g}",
             row.seeds,
             f"{row.parameters:,}",
-            finite("{:.4f} \\[{:.3f}, {:.3f}]", row.mean, row.low, row.high) + missed(row.misses),
+            finite("{:.4f} [{:.3f}, {:.3f}]", row.mean, row.low, row.high) + missed(row.misses),
             finite("{:.1f}", row.hd95) + missed(row.hd95_misses),
             difference,
         )
@@ -337,8 +337,8 @@ def missed(misses: int) -> str:
 
 def show(table: Table) -> None:
     """Print a table whole: in a narrow terminal its cells fold, in a file or pipe it is as wide as it must be."""
-    wide = Console(width=1000).measure(table).maximum
-    (console if console.is_terminal else Console(width=wide, highlight=False)).print(table)
+    wide = Console(width=1000, markup=False).measure(table).maximum
+    (console if console.is_terminal else Console(width=wide, highlight=False, markup=False)).print(table)
 
 
 def write_rows(rows: Sequence[Row], csv_file: Path | None, json_file: Path | None) -> None:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from data_tools.progress import console
 from data_tools.store import open_store
+from spark_dist.data.slices import part_of_split
 from spark_dist.data.views import SliceSpec
 from spark_dist.evaluation.cases import evaluate_cases, format_summaries, summaries
 from spark_dist.evaluation.metrics import write_cases
@@ -51,7 +52,7 @@ def run(options: EvaluateOptions) -> None:
     spec = SliceSpec.from_dict(description)
     spec = replace(spec, task=options.task or spec.task, threshold=options.threshold or spec.threshold)
     store = open_store(options.dataset)
-    names = store.split(options.split, options.part)
+    names = part_of_split(store, options.split, options.part)
     accelerator = make_accelerator()
     cases = evaluate_cases(accelerator, network.to(accelerator.device), store, names, spec)
     if accelerator.is_main_process:

@@ -14,7 +14,9 @@ import torch
 from data_tools.errors import UserError
 from data_tools.progress import console
 from data_tools.store import open_store
+from spark_dist.data.slices import part_of_split
 from spark_dist.data.views import SliceSpec
+from spark_dist.evaluation.figures import FORMATS
 from spark_dist.evaluation.pictures import predictions_picture
 from spark_dist.networks.checkpoint import load_network
 
@@ -37,7 +39,12 @@ class PictureOptions(Options):
     rows: Count = 4
     """How many cases to show, one slice of each: the one with most of the target."""
     out: Path = Path("predictions.png")
-    """PNG file to write."""
+    """File to write; its name's end says in which format: .png, .pdf, .svg …"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (ending := self.out.suffix.removeprefix(".").lower()) not in FORMATS:
+            raise UserError(f"--out {self.out}: '{ending}' is no format of pictures; use {', '.join(sorted(FORMATS))}")
 
 
 OPTIONS = PictureOptions
@@ -55,6 +62,6 @@ def run(options: PictureOptions) -> None:
     if any(spec != specs[0] for spec in specs):
         raise UserError("the checkpoints differ in task, crop or threshold; draw them in separate pictures")
     store = open_store(options.dataset)
-    cases = store.split(options.split, options.part)
+    cases = part_of_split(store, options.split, options.part)
     predictions_picture(store, cases, specs[0], networks, options.out, options.rows)
     console.print(f"wrote {options.out}")

@@ -45,6 +45,11 @@ class ProfileOptions(Options):
     json: Path | None = None
     """JSON file for the table."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.device and self.device not in (found := devices()):
+            raise UserError(f"--device {self.device}: there is none of that name here, only {', '.join(found)}")
+
 
 OPTIONS = ProfileOptions
 
@@ -66,9 +71,9 @@ class Cost:
 def run(options: ProfileOptions) -> None:
     """Print the table, and write it if asked to."""
     names = options.networks or sorted(NETWORKS)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(options.device or devices()[0])
     costs = [cost(name, options.width, options.crop, device, options.repeats) for name in names]
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     table = Table(title=f"one {options.crop}×{options.crop} slice, {where}")
     for name in ("network", "parameters", "GFLOPs", "activations MiB", "latency ms"):
         table.add_column(name, justify="left" if name == "network" else "right", no_wrap=True)
@@ -83,6 +88,12 @@ def run(options: ProfileOptions) -> None:
             writer = csv.DictWriter(file, list(asdict(costs[0])))
             writer.writeheader()
             writer.writerows(asdict(c) for c in costs)
+
+
+def devices() -> list[str]:
+    """Where networks can be measured, the fastest first."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [*(["cuda"] if gpus else []), "cpu", *(f"cuda:{n}" for n in range(gpus))]
 
 
 @torch.no_grad()

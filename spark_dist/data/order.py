@@ -62,11 +62,11 @@ class EpochSampler:
         self.n, self.seed, self.choices, self.rank, self.world = n, seed, tuple(choices), rank, world
         self.accumulate = accumulate
         self.steps = -(-n // batch_size)
-        if n // self.steps // accumulate < world:
+        if not self.smallest:
             parts = f", each in {accumulate} parts," if accumulate > 1 else ""
             raise UserError(
                 f"{n} training slices in batches of {batch_size}{parts} leave some of {world} processes without a "
-                "slice; use fewer processes or a larger batch_size"
+                "slice; use fewer processes or a larger --batch-size"
             )
         self.epoch = 0
         self.start = 0
@@ -76,6 +76,11 @@ class EpochSampler:
         """The most slices that this process has at a time."""
         part = math.ceil(math.ceil(self.n / self.steps) / self.accumulate)
         return math.ceil(part / self.world)
+
+    @property
+    def smallest(self) -> int:
+        """The fewest slices that any process has at a time."""
+        return self.n // self.steps // self.accumulate // self.world
 
     def __len__(self) -> int:
         return (self.steps - self.start) * self.accumulate

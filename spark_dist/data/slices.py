@@ -51,7 +51,7 @@ def slice_table(store: Store, split: str, part: str, task: str, slices: str = "l
 
     Raises `UserError` if there is none.
     """
-    cases = tuple(store.split(split, part))
+    cases = part_of_split(store, split, part)
     rows = [
         (position, z)
         for position, name in enumerate(cases)
@@ -64,6 +64,14 @@ def slice_table(store: Store, split: str, part: str, task: str, slices: str = "l
         )
     case, index = np.array(rows, dtype=np.int32).T
     return SliceTable(store=store, cases=cases, case=case, slice=index)
+
+
+def part_of_split(store: Store, split: str, part: str) -> tuple[str, ...]:
+    """The cases of one part of a split. Raises `UserError` if there is none."""
+    cases = tuple(store.split(split, part))
+    if not cases:
+        raise UserError(f"{store.path}: the {part} part of split '{split}' has no case; name another --part or --split")
+    return cases
 
 
 class VoxelReader:

@@ -12,8 +12,13 @@ class Distiller(nn.Module):
     constructor that is not `student`, `teacher` or `samples` is a weight or setting of the method which recipes
     and the command line can set by that name.
 
+    `fewest_slices` is the least share of a batch from which the method learns anything of the teacher: more than one
+    where it compares slices with each other.
+
     Throughout, N is the batch, `mask` is the one-hot truth (N, 2, H, W) in float: background, target.
     """
+
+    fewest_slices = 1
 
     def teacher_targets(self, teacher: NetworkOutput, mask: Tensor) -> dict[str, Tensor]:
         """All that this method needs to know of the teacher, per sample, batch first, and nothing more.

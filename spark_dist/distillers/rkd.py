@@ -15,8 +15,11 @@ class RKD(Distiller):
     cross_entropy · CE + distance · (smooth L1 of the samples' mutual distances, divided by their mean) + angle ·
     (smooth L1 of the cosines of the angles that each three samples make), of the flattened high features.
     Caches the high features, whole: which samples meet in a batch is not known before.
-    Defined over the batch: with several processes, over each process's own part of it, and zero for a part of one.
+    Defined over the batch: with several processes, over each process's own part of it. Two slices have one
+    distance, which is its own mean, and no angle: there is nothing to learn from less than three.
     """
+
+    fewest_slices = 3
 
     def __init__(
         self,

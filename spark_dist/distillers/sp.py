@@ -16,8 +16,11 @@ class SP(Distiller):
     segmentation · (½ focal + ½ soft Dice) + similarity · Σ over low, high of the mean squared difference of the
     samples' similarities: the N×N inner products of their flattened features, each row L2-normalised.
     Caches both feature maps, whole: which samples meet in a batch is not known before.
-    Defined over the batch: with several processes, over each process's own part of it, and zero for a part of one.
+    Defined over the batch: with several processes, over each process's own part of it. A slice alone is like
+    itself, whatever its features.
     """
+
+    fewest_slices = 2
 
     def __init__(self, student: Taps, teacher: Taps, segmentation: float = 1.0, similarity: float = 3000.0):
         super().__init__()

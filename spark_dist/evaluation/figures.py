@@ -10,11 +10,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 COLOURS = {"target": "#35c2b0", "missed": "#f2b134", "predicted where there is none": "#e8553e"}
+FORMATS = frozenset(Figure().canvas.get_supported_filetypes())
+"""Endings of the files that figures can be written to."""
 TARGET, MISSED, WRONG = COLOURS.values()
 
 
 def prediction_figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A grid of image, truth and one column for each network, a row for each slice, as a PNG.
+    """A grid of image, truth and one column for each network, a row for each slice.
 
     A row: case, slice, image (H, W) in [−1, 1], truth (H, W) bool, predictions {name: ((H, W) bool, Dice)}.
     """
@@ -41,7 +43,7 @@ def draw(axis, image: np.ndarray, parts: Sequence[tuple[np.ndarray, str]], title
     for region, colour in parts:
         shown[region] = 0.45 * shown[region] + 0.55 * np.array(to_rgb(colour))
     axis.imshow(shown, vmin=0, vmax=1, interpolation="nearest")
-    axis.set_title(title, fontsize=8)
+    axis.set_title(title, fontsize=8, parse_math=False)
     axis.set_axis_off()
 
 

@@ -4,8 +4,11 @@ import torch
 from torch import nn
 
 from data_tools.errors import UserError
+from data_tools.split import PARTS
+from data_tools.store import Store
 from spark_dist.config import DistillOptions, TrainingOptions
-from spark_dist.distillers import build_distiller
+from spark_dist.data.order import EpochSampler
+from spark_dist.distillers import DISTILLERS, build_distiller
 from spark_dist.networks import build_network
 from spark_dist.networks.checkpoint import load_network
 
@@ -18,6 +21,33 @@ def check_network(options: TrainingOptions, name: str, width: float) -> nn.Modul
     if rows % network.stride or columns % network.stride:
         raise UserError(f"--crop {rows}×{columns}: the sides must be multiples of {network.stride} for {name}")
     return network
+
+
+def check_crop(store: Store, options: TrainingOptions) -> None:
+    """Raises `UserError` for a crop that sees nothing of a case."""
+    crop = options.crop_window
+    for part in PARTS:
+        for name in store.split(options.split, part):
+            plane = store.cases[name].shape[1:]
+            if any(side.start == side.stop for side in crop.overlap(plane)[0]):
+                raise UserError(
+                    f"--crop-shift {list(crop.shift)}: a crop of {crop.size[0]}×{crop.size[1]} there sees nothing of "
+                    f"{name}, whose slices have {plane[0]}×{plane[1]} pixels ({store.path})"
+                )
+
+
+def check_shares(options: TrainingOptions, slices: int, processes: int) -> None:
+    """Raises `UserError` if some process gets too few of a batch's slices to train, or to learn by the method."""
+    o = options
+    sampler = EpochSampler(slices, o.batch_size, o.seed, o.orientation_choices, 0, processes, o.accumulate)
+    fewest = DISTILLERS[o.method].fewest_slices if isinstance(o, DistillOptions) else 1
+    if sampler.smallest < fewest:
+        raise UserError(
+            f"method {o.method} compares the slices that a process has with each other and learns nothing from fewer "
+            f"than {fewest}; {slices} slices in batches of {o.batch_size}, on {processes} processes and in "
+            f"{o.accumulate} parts, leave {sampler.smallest} to one: raise --batch-size, or use fewer processes or a "
+            "smaller --accumulate"
+        )
 
 
 def check(options: DistillOptions) -> None:

@@ -19,6 +19,7 @@ from data_tools.store import Store, open_store
 from spark_dist.config import TrainingOptions
 from spark_dist.data.slices import SliceTable, slice_table
 
+from .checks import check_crop, check_shares
 from .distributed import listen_for_stop, make_accelerator, shut_down
 from .tracking import Tracker, null_tracker, open_run
 
@@ -71,10 +72,13 @@ def open_job(options: TrainingOptions, tags: Mapping[str, Any]) -> Iterator[Job]
     store = open_store(options.dataset)
     for part in ("train", "val", "test"):
         slice_table(store, options.split, part, options.task)
+    slices = slice_table(store, options.split, "train", options.task, options.slices)
+    check_crop(store, options)
     listen_for_stop()
     accelerator = make_accelerator(options.accumulate, options.clip, options.timeout_minutes)
     if options.sync_batchnorm and accelerator.device.type != "cuda":
         raise UserError("--sync-batchnorm needs GPUs; leave it out on CPUs")
+    check_shares(options, len(slices), accelerator.num_processes)
     claim(options.folder, options, accelerator)
     facts = {"world_size": accelerator.num_processes, "git_commit": git_commit(), "seed": options.seed}
     facts |= {"dataset": options.dataset.stem, "task": options.task, **tags}

@@ -24,7 +24,7 @@ from spark_dist.networks.base import NetworkOutput, Tap, Taps
 SMALL = Taps(Tap(4, 2), Tap(6, 8))
 COARSER = Taps(Tap(6, 4), Tap(10, 16))
 FINER = Taps(Tap(6, 1), Tap(10, 4))
-BATCH_METHODS = ("rkd", "sp")
+BATCH_METHODS = [name for name, method in DISTILLERS.items() if method.fewest_slices > 1]
 """Methods that compare the samples of one process with each other."""
 
 
@@ -457,11 +457,17 @@ def test_rkd_bears_equal_slices():
     assert high.grad.norm() < 1e3
 
 
-@pytest.mark.parametrize("name", BATCH_METHODS)
-def test_relations_of_a_single_slice_cost_nothing(name):
-    student, teacher, mask = case(name, n=1)
-    terms = terms_of(build(name), student, teacher, mask)
-    assert sum(v.item() for k, v in terms.items() if k in ("distance", "angle", "similarity")) == 0
+def learned(name, slices):
+    """What a method asks of the student beside the truth, for so many slices."""
+    terms = terms_of(build(name), *case(name, n=slices))
+    return sum(value.item() for key, value in terms.items() if key not in ("cross_entropy", "segmentation"))
+
+
+@every_method
+def test_methods_say_from_how_many_slices_they_learn(name):
+    fewest = DISTILLERS[name].fewest_slices
+    assert all(abs(learned(name, slices)) < 1e-9 for slices in range(1, fewest))
+    assert learned(name, fewest) > 1e-6
 
 
 def test_without_a_teacher_there_is_the_segmentation_loss_alone():
