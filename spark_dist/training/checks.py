@@ -25,7 +25,7 @@ def check_network(options: TrainingOptions, name: str, width: float) -> nn.Modul
 
 def check_crop(store: Store, options: TrainingOptions) -> None:
     """Raises `UserError` for a crop that sees nothing of a case."""
-    crop = options.crop_window
+    crop = options.slice_spec.crop
     for part in PARTS:
         for name in store.split(options.split, part):
             plane = store.cases[name].shape[1:]
