@@ -1,7 +1,5 @@
 """A stored case, or a prediction for it, back on the grid of the NIfTI file that it came from."""
 
-import os
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ import numpy as np
 
 from .errors import UserError, unknown_name
 from .location import finished, first_line, open_array
+from .nifti import write_image
 from .store import Case, read_attributes, read_case
 from .volumes import to_source_grid
 
@@ -82,10 +81,4 @@ def write_nifti(out: Path, voxels: np.ndarray, source: Mapping[str, Any], as_is:
     image.header.set_xyzt_units("mm")
     if scaling:
         image.header.set_slope_inter(*scaling)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{uuid.uuid4().hex}.{out.name}")
-    try:
-        nibabel.save(image, part)
-        os.replace(part, out)
-    finally:
-        part.unlink(missing_ok=True)
+    write_image(out, image)

@@ -27,6 +27,7 @@ from nibabel.orientations import (
 from nibabel.volumeutils import apply_read_scaling
 
 from .errors import UserError
+from .files import write_atomically
 from .store import AXES
 
 # nibabel raises what it can't mend in a header, and also writes it to stderr without the file's name.
@@ -224,6 +225,16 @@ def pieces(file: BinaryIO, count: int, header: Header) -> Iterator[np.ndarray]:
 def unpacked(path: Path) -> BinaryIO:
     """A file, opened to be read; a compressed one is unpacked by isal, several times as fast as by zlib."""
     return igzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+
+
+def write_image(out: Path, image: nibabel.Nifti1Image) -> None:
+    """A NIfTI file, compressed if its name ends in .gz; whole, or not at all. Raises `UserError` on a full disk."""
+
+    def write(aside: Path) -> None:
+        with igzip.open(aside, "wb") if out.suffix == ".gz" else open(aside, "wb") as file:
+            image.to_stream(file)
+
+    write_atomically(out, write)
 
 
 @contextmanager
