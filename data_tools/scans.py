@@ -83,8 +83,8 @@ def read_scan(path: Path, window: Mapping[str, Any], size: Sequence[int] | None,
 
 
 def write_prediction(out: Path, prediction: np.ndarray, scan: Scan) -> None:
-    """A prediction (Z, H, W) for a scan as NIfTI: on the source's grid, in the source's axes, with the very geometry of
-    its header. A label map (uint8) is resampled to the nearest, probabilities (float) linearly. Whole, or not at all."""
+    """A prediction (Z, H, W) for a scan as NIfTI, whole or not at all: on the source's grid, in the source's axes, with
+    the very geometry of its header. A label map (uint8) is resampled to the nearest, probabilities (float) linearly."""
     header = scan.header
     back = ornt_transform(axcodes2ornt(AXES), io_orientation(header.affine))
     plane = turned_shape(header.shape, header.turn)[1:]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
@@ -11,7 +12,7 @@ from data_tools.store import Store
 from spark_dist.data.slices import VoxelReader
 from spark_dist.data.views import SliceSpec
 
-from .inference import probabilities
+from .inference import covering, probabilities
 from .intervals import summarise
 from .metrics import case_metrics
 
@@ -30,18 +31,35 @@ def evaluate_cases(
     """Every case's figures, by case name, the same on every process.
 
     Cases are shared among the processes and each is predicted whole by one of them, so that the figures do not depend
-    on how many there are. Both protocols: `volume` at `spec.threshold` and `labelled-slices` at `LABELLED_THRESHOLD`.
+    on how many there are. Both protocols: `volume` at `spec.threshold` over whole planes, and `labelled-slices` at
+    `LABELLED_THRESHOLD`.
     """
     reader = VoxelReader(store)
     own = {}
     for name in shares(store, cases, accelerator.num_processes)[accelerator.process_index]:
         case = store.cases[name]
-        target = probabilities(network, reader.case(name, "image"), case, spec)
-        truth = spec.target(reader.case(name, "label"))
-        own[name] = case_metrics(
-            target >= spec.threshold, truth, case.spacing, distances, labelled=target >= LABELLED_THRESHOLD
-        )
+        image, truth = reader.case(name, "image"), spec.target(reader.case(name, "label"))
+        target = probabilities(network, image, case.window, spec)[0]
+        labelled = labelled_slices(network, image, truth, target, case.window, spec)
+        own[name] = case_metrics(target >= spec.threshold, truth, case.spacing, distances, labelled)
     return dict(sorted(item for part in gather_object([own]) for item in part.items()))
+
+
+def labelled_slices(
+    network: nn.Module,
+    image: np.ndarray,
+    truth: np.ndarray,
+    target: np.ndarray,
+    window: Sequence[float],
+    spec: SliceSpec,
+) -> np.ndarray:
+    """The prediction (Z, H, W) bool of the protocol `labelled-slices`: of the training's crop alone, as the original
+    system saw slices, and only where there is ground truth; `target` are the probabilities over whole planes."""
+    if covering(spec.crop, image.shape[1:], network.stride) != spec.crop:
+        shown, target = truth.any(axis=(1, 2)), np.zeros_like(target)
+        if shown.any():
+            target[shown] = probabilities(network, image[shown], window, spec, whole=False)[0]
+    return target >= LABELLED_THRESHOLD
 
 
 def shares(store: Store, cases: Sequence[str], world: int) -> list[list[str]]:

@@ -1,35 +1,85 @@
-"""The prediction of a network for the slices of a case."""
+"""The prediction of a network for whole slices."""
+
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from data_tools.store import Case
 from spark_dist.data.batches import windowed
-from spark_dist.data.views import SliceSpec
+from spark_dist.data.views import Crop, SliceSpec
+
+OVERLAP = 0.25
+"""Share by which neighbouring windows overlap, where a network is bound to the size of its crop."""
+
+
+def probabilities(
+    network: nn.Module, image: np.ndarray, window: Sequence[float], spec: SliceSpec, whole: bool = True
+) -> np.ndarray:
+    """The probability of each class but the background in every voxel of slices, (C − 1, Z, H, W) float32.
+
+    `image` (Z, H, W) in the store's intensities, of which `window` become −1 and 1. The whole plane is predicted, or
+    without `whole` the crop of `spec` alone, with 0 outside.
+    """
+    result = None
+    for start, part in class_probabilities(network, image, window, spec, whole):
+        if result is None:
+            result = np.zeros((part.shape[1] - 1, *image.shape), np.float32)
+        result[:, start : start + len(part)] = part[:, 1:].transpose(1, 0, 2, 3)
+    return result
 
 
 @torch.no_grad()
-def probabilities(
-    network: nn.Module, image: np.ndarray, case: Case, spec: SliceSpec, batch_size: int = 16
-) -> np.ndarray:
-    """The target's probability in every voxel of slices of a case, (Z, H, W) float32; 0 outside the crop.
-
-    `image` (Z, H, W) in the store's intensities. The network, on whichever device, is put into eval mode and left as it
-    was.
-    """
-    device, crop = next(network.parameters()).device, spec.crop
-    inside, placed = crop.overlap(case.shape[1:])
-    result = np.zeros((len(image), *case.shape[1:]), np.float32)
-    window = torch.tensor(case.window, dtype=torch.float32, device=device)
+def class_probabilities(
+    network: nn.Module,
+    image: np.ndarray,
+    window: Sequence[float],
+    spec: SliceSpec,
+    whole: bool = True,
+    batch_size: int = 16,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The first slice's index and the probabilities (N, C, H, W) float32 of each `batch_size` slices (see
+    `probabilities`). The network, on whichever device, is in eval mode meanwhile, and then as it was."""
+    device, plane = next(network.parameters()).device, image.shape[1:]
+    crop = covering(spec.crop, plane, network.stride) if whole else spec.crop
+    inside, placed = crop.overlap(plane)
+    bound = getattr(network, "bound_to", None)
+    ends = torch.tensor(window, dtype=torch.float32, device=device)
     was_training = network.training
     network.eval()
-    for start in range(0, len(image), batch_size):
-        part = image[start : start + batch_size]
-        crops = np.full((len(part), *crop.size), np.floor(case.window[0]), image.dtype)
-        crops[:, *placed] = part[:, *inside]
-        batch = windowed(torch.from_numpy(crops).to(device), window.expand(len(part), 2))
-        target = network(batch).logits.float().softmax(dim=1)[:, 1].cpu().numpy()
-        result[start : start + len(part), *inside] = target[:, *placed]
-    network.train(was_training)
-    return result
+    try:
+        for start in range(0, len(image), batch_size):
+            part = image[start : start + batch_size]
+            crops = np.full((len(part), *crop.size), np.floor(window[0]), image.dtype)
+            crops[:, *placed] = part[:, *inside]
+            batch = windowed(torch.from_numpy(crops).to(device), ends.expand(len(part), 2))
+            logits = in_windows(network, batch, bound) if bound not in (None, crop.size) else network(batch).logits
+            found = logits.float().softmax(dim=1).cpu().numpy()
+            result = np.zeros((*found.shape[:2], *plane), np.float32)
+            result[:, 0] = 1
+            result[:, :, *inside] = found[:, :, *placed]
+            yield start, result
+    finally:
+        network.train(was_training)
+
+
+def covering(crop: Crop, plane: tuple[int, int], stride: int) -> Crop:
+    """A crop that covers a plane: along each axis the training's where that does, else one around the plane's centre
+    that is as small as the network's stride and the training's size allow."""
+    sizes, shifts = [], []
+    for length, size, shift in zip(plane, crop.size, crop.shift, strict=True):
+        start = (length - size) // 2 + shift
+        covers = start <= 0 and start + size >= length
+        sizes.append(size if covers else -(-max(length, size) // stride) * stride)
+        shifts.append(shift if covers else 0)
+    return Crop(tuple(sizes), tuple(shifts))
+
+
+def in_windows(network: nn.Module, batch: Tensor, size: tuple[int, int]) -> Tensor:
+    """Logits (N, C, H, W) of slices that are larger than the size that a network is bound to, from overlapping windows
+    that count most in their middle."""
+    from monai.inferers import sliding_window_inference
+
+    return sliding_window_inference(
+        batch, size, len(batch), lambda x: network(x).logits, overlap=OVERLAP, mode="gaussian", padding_mode="replicate"
+    )

@@ -35,7 +35,7 @@ def predictions_picture(
         truth = spec.target(reader.slices(case.name, "label").start(z, what)()[np.newaxis])
         predictions = {}
         for name, network in networks.items():
-            predicted = probabilities(network, image, case, spec) >= spec.threshold
+            predicted = probabilities(network, image, case.window, spec)[0] >= spec.threshold
             predictions[name] = (predicted[0], float(dice(overlap_counts(predicted, truth).sum(axis=0))))
         low, high = case.window
         shown = np.clip((image[0].astype(np.float32) - low) / (high - low), 0, 1) * 2 - 1

@@ -46,6 +46,11 @@ class UniverSeg(nn.Module):
         self.support_images = images.detach().expand(-1, self.in_channels, -1, -1).to(device, copy=True)
         self.support_labels = labels.detach().to(device, torch.uint8)
 
+    @property
+    def bound_to(self) -> tuple[int, int]:
+        """The size of slices, rows and columns, that the support set asks for."""
+        return tuple(self.support_images.shape[-2:])
+
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest) -> None:
         # A saved support set has a size of its own; as in BatchNorm, this is where torch lets a module adapt.
         for name in ("support_images", "support_labels"):
