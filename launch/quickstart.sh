@@ -31,9 +31,5 @@ spark-dist picture --dataset "$out/phantom.zarr" --out "$out/predictions.png" \
     "student alone=$out/student-alone/student/best.safetensors" \
     "SPARK student=$out/spark/student/best.safetensors"
 
-cat <<TEXT
-
-Predictions beside the truth: $out/predictions.png
-The runs in a browser:        .venv/bin/mlflow ui --backend-store-uri $tracking
-                              and open http://127.0.0.1:5000
-TEXT
+printf '\nPredictions beside the truth: %s\n' "$out/predictions.png"
+spark-dist track-sync "$out/spark" --tracking-uri "$tracking"

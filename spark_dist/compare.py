@@ -24,7 +24,7 @@ from data_tools.errors import UserError, unknown_name
 from data_tools.progress import console
 from spark_dist.evaluation.intervals import paired_difference, summarise
 from spark_dist.evaluation.metrics import read_cases
-from spark_dist.training.tracking import SQLITE, absolute_uri, brief, make_client
+from spark_dist.training.mlflow_client import SQLITE, absolute_uri, brief, make_client
 
 from .options import Options
 

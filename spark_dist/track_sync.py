@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_tools.progress import console
-from spark_dist.training.tracking import sync
+from spark_dist.training.tracking import page_of, sync
 
 from .options import Options
 
@@ -27,6 +27,7 @@ OPTIONS = SyncOptions
 
 
 def run(options: SyncOptions) -> None:
-    """Send, and say how much there was."""
+    """Send, and say how much there was, and where to see it."""
     sent = sync(Path(options.folder), options.tracking_uri)
-    console.print(f"{options.folder}: {sent} entries sent to {options.tracking_uri}")
+    console.print(f"{options.folder}: {sent} entries sent to {options.tracking_uri}", markup=False)
+    console.print(page_of(Path(options.folder), options.tracking_uri), markup=False)

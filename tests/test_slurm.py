@@ -14,7 +14,7 @@ from conftest import ROOT
 from data_tools.store import open_store
 from spark_dist.training.checkpoint import load_state, newest_state
 
-SCRIPTS = sorted((ROOT / "launch" / "slurm").glob("*.s*"))
+SCRIPTS = [*sorted((ROOT / "launch" / "slurm").glob("*.s*")), *sorted((ROOT / "launch").glob("*.sh"))]
 SMALL = "--crop 32 --crop-shift [0,0] --batch-size 6 --log-every 1 --checkpoint-steps 2 --student-width 0.25"
 RECIPE = """
 dataset: {store}
@@ -36,7 +36,7 @@ experiment: pipeline
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
-@pytest.mark.parametrize("path", [*SCRIPTS, ROOT / "launch" / "quickstart.sh"], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck(path):
     result = subprocess.run(["shellcheck", "-x", "-P", ROOT, path], capture_output=True, text=True)
     assert not result.returncode, result.stdout

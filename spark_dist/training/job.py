@@ -21,7 +21,7 @@ from spark_dist.data.slices import SliceTable, slice_table
 
 from .checks import check_crop, check_shares
 from .distributed import listen_for_stop, make_accelerator, shut_down
-from .tracking import Tracker, null_tracker, open_run
+from .tracking import Tracker, failure_of, null_tracker, open_run
 
 MAY_DIFFER = (
     "out",
@@ -84,7 +84,10 @@ def open_job(options: TrainingOptions, tags: Mapping[str, Any]) -> Iterator[Job]
     facts |= {"dataset": options.dataset.stem, "task": options.task, **tags}
     with tracked(accelerator, options, options.folder.name, options.folder, facts) as tracker:
         tracker.artifact(options.folder / "config.yaml")
-        yield Job(options, accelerator, store, tracker)
+        job = Job(options, accelerator, store, tracker)
+        yield job
+    if tracker.page:
+        job.say(tracker.page)
     shut_down(accelerator)
 
 
@@ -104,15 +107,18 @@ def tracked(
         tracker = open_run(uri, experiment, name, folder, tags, plain(options), parent or options.sweep)
     else:
         tracker = null_tracker()
-    status = "FAILED"
+    status, failure = "FAILED", ""
     try:
         yield tracker
         status = "FINISHED"
     except (Interrupted, KeyboardInterrupt):
         status = "KILLED"
         raise
+    except Exception as error:
+        failure = failure_of(error)
+        raise
     finally:
-        tracker.finish(status)
+        tracker.finish(status, failure)
 
 
 def claim(folder: Path, options: TrainingOptions, accelerator: Accelerator) -> None:

@@ -14,6 +14,7 @@ from conftest import ROOT, free_port
 from safetensors.torch import load_file
 
 from spark_dist.cli import main
+from spark_dist.training.journal import read_journal
 
 SMALL = ("--task", "organ", "--crop", 32, "--crop-shift", "[0,0]", "--batch-size", 6, "--log-every", 2)
 SMALL += ("--network", "enet", "--width", 0.25)
@@ -94,6 +95,12 @@ def test_an_error_of_all_processes_is_said_once(jobs, tiny_store, tmp_path):
     codes, log = jobs("train", *arguments, folder=tmp_path, processes=2)
     assert codes == [2, 2]
     assert log.count("error: ") == 1
+    for folder, below in ((tmp_path / "job", False), (tmp_path / "job" / "student", True)):
+        events = [event for _, event in read_journal(folder)]
+        assert events[-1]["status"] == "FAILED"
+        assert f"error: {events[-1]['tags']['failure']}" in log
+        # The machine is looked at once per job.
+        assert any("system/memory_mib" in event.get("metrics", {}) for event in events) is not below
     assert "the loss is not finite" in log
     assert "case_0" in log
 
@@ -127,7 +134,7 @@ def test_a_full_disk_is_one_line_and_the_job_goes_on_when_there_is_room(jobs, ti
 
 
 @pytest.mark.slow
-def test_a_job_without_its_server_trains_and_is_sent_later(jobs, tiny_store, tmp_path, monkeypatch):
+def test_a_job_without_its_server_trains_and_is_sent_later(jobs, tiny_store, tmp_path, monkeypatch, capsys):
     import mlflow
 
     arguments = ("--dataset", tiny_store, *SMALL, "--epochs", 2, "--experiment", "late", "--out", "job")
@@ -135,8 +142,11 @@ def test_a_job_without_its_server_trains_and_is_sent_later(jobs, tiny_store, tmp
     codes, log = jobs("train", *arguments, folder=tmp_path)
     assert codes == [0]
     assert "can't be reached, training goes on" in log
+    assert "The runs in a browser" not in log
     monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
     assert main(["track-sync", "job", "--tracking-uri", "sqlite:///late.db"]) == 0
+    assert "/#/experiments/1/runs?workflowType=machine_learning" in capsys.readouterr().out
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/late.db")
     experiment = client.get_experiment_by_name("late")
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from spark_dist.training.checkpoint import load_state, newest_state
-from spark_dist.training.tracking import read_journal
+from spark_dist.training.journal import read_journal
 
 SMALL = ("--task", "organ", "--crop", 32, "--crop-shift", "[0,0]", "--batch-size", 8, "--log-every", 2)
 TAUGHT = ("--teacher", "unet", "--teacher-width", 0.05, "--student-width", 0.25)
@@ -37,8 +37,10 @@ def test_two_processes_train_teacher_and_student_and_reuse_the_cache(distilled, 
 
     first = distilled("one", "--epochs", 2)
     assert "0 of" in first.stdout
+    assert first.stdout.count("The runs in a browser: ") == 1
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     experiment = client.get_experiment_by_name("tiny-organ")
+    assert f"/#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning" in first.stdout
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
     parent = runs["one"]
     for name, role in (("teacher unet", "teacher"), ("student enet", "student")):

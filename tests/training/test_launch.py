@@ -11,7 +11,7 @@ import yaml
 from conftest import ROOT, free_port
 
 from spark_dist.training.checkpoint import load_state, newest_state, states
-from spark_dist.training.tracking import read_journal
+from spark_dist.training.journal import read_journal
 
 CONFIGS = sorted((ROOT / "launch" / "accelerate").glob("*.yaml"))
 SMALL = ("--task", "organ", "--crop", 32, "--crop-shift", "[0,0]", "--batch-size", 6, "--log-every", 1)

@@ -14,7 +14,7 @@ from spark_dist.distillers import build_distiller
 from spark_dist.networks import build_network
 from spark_dist.training.checks import check
 from spark_dist.training.distillation import Distillation
-from spark_dist.training.tracking import read_journal
+from spark_dist.training.journal import read_journal
 
 SMALL = ("--task", "organ", "--crop", 32, "--crop-shift", "[0,0]", "--batch-size", 6, "--log-every", 2)
 TEACHER = ("--teacher", "unet", "--teacher-width", 0.05)

@@ -8,24 +8,20 @@ import sqlite3
 import subprocess
 import sys
 import time
+import types
 import urllib.request
 from contextlib import closing
+from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from data_tools.errors import UserError
 from spark_dist.compare import load_runs
-from spark_dist.training.tracking import (
-    BATCH,
-    Tracker,
-    absolute_uri,
-    batches,
-    make_client,
-    null_tracker,
-    open_run,
-    read_journal,
-    sync,
-)
+from spark_dist.training.journal import read_journal
+from spark_dist.training.mlflow_client import absolute_uri, make_client
+from spark_dist.training.system_metrics import SystemMetrics
+from spark_dist.training.tracking import BATCH, Tracker, batches, failure_of, null_tracker, open_run, page_of, sync
 
 
 @pytest.fixture(scope="session")
@@ -254,8 +250,9 @@ def test_other_processes_have_all_methods_of_a_tracker():
     nothing.metrics({"loss": 1}, 1)
     nothing.artifact("nowhere")
     nothing.tags({})
-    nothing.finish("FINISHED")
+    nothing.finish("FAILED", "a reason")
     assert nothing.run_id is None
+    assert not nothing.page
 
 
 def test_a_folder_without_a_journal(tmp_path, store):
@@ -271,7 +268,7 @@ def test_a_relative_database_is_made_absolute(tmp_path, monkeypatch):
 
 def test_jobs_that_start_together_make_one_database(tmp_path):
     store = f"sqlite:///{tmp_path}/mlflow.db"
-    code = "import sys; from spark_dist.training.tracking import make_client; make_client(sys.argv[1])"
+    code = "import sys; from spark_dist.training.mlflow_client import make_client; make_client(sys.argv[1])"
     started = [subprocess.Popen([sys.executable, "-c", code, store]) for _ in range(3)]
     assert [process.wait(120) for process in started] == [0, 0, 0]
     assert make_client(store).search_experiments()
@@ -281,7 +278,7 @@ KILLED = """
 import os, sys
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
-from spark_dist.training.tracking import make_client
+from spark_dist.training.mlflow_client import make_client
 import alembic.command, mlflow.store.tracking.sqlalchemy_store
 
 def kill(*about):
@@ -473,16 +470,126 @@ def test_what_somebody_deleted_in_mlflow_is_said_and_waits(sent, tmp_path):
         sync(sent, store)
 
 
+def test_why_a_run_failed_is_its_tag_until_it_goes_on(store, tmp_path):
+    first = open_run(store, "e", "r", tmp_path / "r", {}, {})
+    first.finish("FAILED", "out of memory; try less")
+    (run,) = runs(store)
+    assert (run.info.status, run.data.tags["failure"]) == ("FAILED", "out of memory; try less")
+    second = open_run(store, "e", "r", tmp_path / "r", {}, {})
+    second.finish("FINISHED")
+    (run,) = runs(store)
+    assert run.info.status == "FINISHED"
+    assert "failure" not in run.data.tags
+
+
+def test_the_reason_is_one_line():
+    assert failure_of(UserError("store.zarr: no such store")) == "store.zarr: no such store"
+    assert failure_of(RuntimeError("first\nlast")) == "last"
+    assert failure_of(ValueError("bad")) == "ValueError: bad"
+    # As a loader's worker hands it on.
+    text = "Caught UserError in DataLoader worker process 0.\nTraceback:\ndata_tools.errors.UserError: bad chunk"
+    assert failure_of(UserError(text)) == "bad chunk"
+
+
+def test_the_page_is_that_of_the_runs(sent, tmp_path, monkeypatch):
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    (run,) = (run for run in runs(store) if run.info.run_name == "job")
+    assert run.info.experiment_id != "0"
+    address = f"/#/experiments/{run.info.experiment_id}/runs?workflowType=machine_learning"
+    monkeypatch.chdir(tmp_path)
+    page = page_of(tmp_path, "sqlite:///mlflow.db")
+    program = Path(sys.executable).with_name("mlflow")
+    command = f"MLFLOW_DISABLE_TELEMETRY=true {program} ui --host 127.0.0.1 --backend-store-uri {store}"
+    assert page.split("\n")[0].endswith(command)
+    assert page.endswith(f" http://127.0.0.1:5000{address}")
+    monkeypatch.chdir(program.parents[1])
+    assert f" {program.parent.name}/mlflow ui" in page_of(tmp_path, store)
+    assert program.exists()
+
+    (sent / "tracking.json").write_text(json.dumps(state(sent) | {"uri": "https://me:secret@host/mlflow/"}))
+    assert page_of(sent, "https://me:secret@host/mlflow/") == f"The runs in a browser: https://host/mlflow{address}"
+    (sent / "tracking.json").unlink()
+    (sent / "student" / "tracking.json").unlink()
+    assert page_of(sent, store) == ""
+
+
+MEMORY = """
+import os, sys
+from spark_dist.training import system_metrics
+system_metrics.gpu_monitor = lambda: None
+machine = system_metrics.SystemMetrics()
+held = machine.read()["system/memory_mib"]
+print(held, len(machine.processes()))
+"""
+
+
+def test_system_metrics_are_those_of_all_processes_of_the_job():
+    """A launcher with two processes, one of which holds 200 MiB, and has a child."""
+    code = f"""
+import os, subprocess, sys
+start = lambda code, **how: subprocess.Popen([sys.executable, "-c", code], text=True, **how)
+hold = "import subprocess, sys; held = b'x' * (200 << 20); c = subprocess.Popen(['cat']); print(flush=True); c.wait()"
+other = start(hold, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+other.stdout.readline()
+for size in ("1", "2"):
+    os.environ["LOCAL_WORLD_SIZE"] = size
+    start({MEMORY!r}).wait()
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    (alone, one), (together, three) = (map(float, line.split()) for line in result.stdout.splitlines())
+    assert (one, three) == (1, 3)
+    assert 200 < together - alone < 300
+
+
+def test_gpus_are_read_by_the_collector_of_mlflow(monkeypatch):
+    """No GPU here: a stand-in for the library that MLflow's collector asks."""
+    library = types.ModuleType("pynvml")
+    library.NVMLError = OSError
+    library.nvmlInit = lambda: None
+    library.nvmlDeviceGetCount = lambda: 2
+    library.nvmlDeviceGetHandleByIndex = lambda index: index
+    library.nvmlDeviceGetMemoryInfo = lambda handle: types.SimpleNamespace(used=(handle + 1) * 10**9, total=8 * 10**9)
+    library.nvmlDeviceGetUtilizationRates = lambda handle: types.SimpleNamespace(gpu=50 + handle)
+    library.nvmlDeviceGetPowerUsage = library.nvmlDeviceGetEnforcedPowerLimit = lambda handle: 300_000
+    from mlflow.system_metrics.metrics import gpu_monitor
+
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+    monkeypatch.setattr(gpu_monitor, "pynvml", library, raising=False)
+    machine = SystemMetrics()
+    for _ in range(2):
+        read = machine.read()
+        assert [read[f"system/gpu_{k}_utilization_percentage"] for k in range(2)] == [50, 51]
+        assert [read[f"system/gpu_{k}_memory_usage_megabytes"] for k in range(2)] == [1000, 2000]
+        assert {"system/cpu_percent", "system/memory_mib"} < set(read)
+
+
+def test_the_server_script_says_what_it_would_start(tmp_path):
+    def printed(**settings):
+        line = ["bash", ROOT / "launch" / "mlflow_server.sh", "--dry-run", tmp_path / "server"]
+        return subprocess.run(line, env=os.environ | settings, capture_output=True, text=True, check=True).stdout
+
+    line = printed()
+    assert line.startswith("mlflow server --host 127.0.0.1 --port 5000 ")
+    assert f"--backend-store-uri sqlite:///{tmp_path}/server/mlflow.db" in line
+    assert f"--artifacts-destination {tmp_path}/server/artifacts" in line
+    assert "--allowed-hosts" not in line
+    line = printed(DATABASE="postgresql://me@db/mlflow", ARTIFACTS="s3://bucket/mlflow", NAME="mlflow.example.org")
+    assert "--backend-store-uri postgresql://me@db/mlflow --artifacts-destination s3://bucket/mlflow" in line
+    assert "--allowed-hosts mlflow.example.org" in line
+    assert "--cors-allowed-origins https://mlflow.example.org" in line
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def server(tmp_path, port):
     """A function that starts an MLflow server (always the same one) and returns its process when it answers."""
     started = []
 
     def start():
-        line = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
-        line += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db"]
-        line += ["--artifacts-destination", str(tmp_path / "server-artifacts")]
-        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        line = ["bash", ROOT / "launch" / "mlflow_server.sh", tmp_path / "server"]
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        environment = os.environ | {"PORT": str(port), "WORKERS": "1", "PATH": path}
         with open(tmp_path / "server.log", "a") as output:
             process = subprocess.Popen(line, env=environment, stdout=output, stderr=output, start_new_session=True)
         started.append(process)
