@@ -15,14 +15,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.box import HORIZONTALS
 from rich.console import Console
 from rich.table import Table
 
 from data_tools.errors import UserError, unknown_name
 from data_tools.progress import console
-from spark_dist.evaluation.intervals import paired_difference, summarise
+from spark_dist.evaluation.intervals import difference_over_seeds, over_seeds
 from spark_dist.evaluation.metrics import read_cases
 from spark_dist.training.mlflow_client import SQLITE, absolute_uri, brief, make_client
 
@@ -223,8 +222,8 @@ def compare(runs: Sequence[Run], figure: str = "dice") -> list[Row]:
     """A row for each run, then one over all seeds for each kind of run that has several.
 
     The difference of a distilled student is to the student alone: same data, network, width and seed, paired by case;
-    to the mean over all seeds where there is none of its seed. Over several seeds, each case's mean over the seeds
-    comes first, so that the interval is over cases.
+    to the mean over all seeds where there is none of its seed. An interval over several seeds is over seeds and cases
+    (see `intervals`), one of a single run over its cases.
     """
     known = set.intersection(*(set(figures) for item in runs for figures in item.cases.values()))
     if figure not in known:
@@ -239,9 +238,9 @@ def compare(runs: Sequence[Run], figure: str = "dice") -> list[Row]:
 def make_row(members: Sequence[Run], runs: Sequence[Run], figure: str) -> Row:
     """A row for runs that differ in their seed only."""
     first = members[0]
-    values = mean_by_case([values_of(item, figure) for item in members])
-    summary = summarise(list(values.values()))
-    hd95 = summarise(list(mean_by_case([values_of(item, "hd95") for item in members]).values()))
+    values = [values_of(item, figure) for item in members]
+    summary = over_seeds(values)
+    hd95 = over_seeds([values_of(item, "hd95") for item in members])
     return Row(
         **{field.name: getattr(first, field.name) for field in fields(Run) if field.name not in ("seed", "cases")},
         seeds=first.seed if len(members) == 1 else f"{len(members)} seeds",
@@ -253,7 +252,7 @@ def make_row(members: Sequence[Run], runs: Sequence[Run], figure: str) -> Row:
 
 
 def against_alone(
-    members: Sequence[Run], values: dict[str, float], runs: Sequence[Run], figure: str
+    members: Sequence[Run], values: Sequence[dict[str, float]], runs: Sequence[Run], figure: str
 ) -> dict[str, float | str]:
     """The difference of distilled students of some seeds to the students alone; nothing if there are none."""
     first = members[0]
@@ -265,27 +264,21 @@ def against_alone(
     }
     if not first.distilled or not alone:
         return {}
-    others = mean_by_case(list(alone.values()))
-    base = mean_by_case([alone.get(item.seed, others) for item in members])
-    difference = paired_difference(values, base)
+    paired = all(item.seed in alone for item in members)
+    base = [alone[item.seed] for item in members] if paired else list(alone.values())
+    difference = difference_over_seeds(values, base, paired)
     return {
         "difference": difference["mean"],
         "difference_low": difference["low"],
         "difference_high": difference["high"],
         "difference_misses": difference["misses"],
-        "against": "same seed" if all(item.seed in alone for item in members) else "all seeds",
+        "against": "same seed" if paired else "all seeds",
     }
 
 
 def values_of(item: Run, figure: str) -> dict[str, float]:
     """A run's figure of each case."""
     return {case: figures[figure] for case, figures in item.cases.items()}
-
-
-def mean_by_case(runs: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Each case's mean over runs, for the cases of all of them."""
-    cases = set.intersection(*(set(values) for values in runs))
-    return {case: float(np.mean([values[case] for values in runs])) for case in sorted(cases)}
 
 
 def as_table(rows: Sequence[Row], figure: str) -> Table:
@@ -320,9 +313,23 @@ def as_table(rows: Sequence[Row], figure: str) -> Table:
             finite("{:.1f}", row.hd95) + missed(row.hd95_misses),
             difference,
         )
-    if any(row.against == "all seeds" for row in rows):
-        table.caption = "* no student alone of the same seed: to the mean of those there are"
+    table.caption = "\n".join(remarks(rows))
     return table
+
+
+def remarks(rows: Sequence[Row]) -> list[str]:
+    """What a reader of a table must know of its differences and intervals."""
+    lines = []
+    if any(row.against == "all seeds" for row in rows):
+        lines.append("* no student alone of the same seed: to the mean of those there are")
+    several = [row.seeds for row in rows if row.seeds.endswith(" seeds")]
+    if len(several) < len(rows):
+        lines.append("one seed: the interval is over cases alone and says nothing of another seed")
+    if "2 seeds" in several:
+        lines.append(
+            "2 seeds: the interval misses the true value more often than one time in twenty; take three or more"
+        )
+    return lines
 
 
 def finite(pattern: str, *values: float) -> str:

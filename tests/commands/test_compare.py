@@ -7,8 +7,8 @@ import pytest
 
 from data_tools.errors import UserError
 from spark_dist.cli import main
-from spark_dist.compare import Run, compare, load_runs
-from spark_dist.evaluation.intervals import paired_difference
+from spark_dist.compare import Run, compare, load_runs, remarks
+from spark_dist.evaluation.intervals import seeds_interval
 from spark_dist.evaluation.metrics import write_cases
 from spark_dist.training.tracking import open_run
 
@@ -64,22 +64,45 @@ def test_a_teacher_of_the_same_network_is_no_student_alone():
     assert difference(compare([trained([0.6], method="spark"), trained([0.5], role="teacher")])).difference is None
 
 
-def test_seeds_are_averaged_by_case_before_the_interval():
+def several(seeds=(0, 1, 2), alone_seeds=None):
+    """Runs of students alone and distilled with 8 cases each, and the two arms' Dice (S, 8)."""
     random = np.random.default_rng(0)
-    runs = []
-    for seed in range(3):
-        alone = random.uniform(0.3, 0.9, 8)
-        runs += [trained(alone, seed=seed), trained(alone + random.normal(0.05, 0.02, 8), method="spark", seed=seed)]
+    alone = random.uniform(0.3, 0.9, (len(alone_seeds or seeds), 8))
+    spark = alone[: len(seeds)] + random.normal(0.05, 0.02, (len(seeds), 8))
+    runs = [trained(values, seed=seed) for values, seed in zip(alone, alone_seeds or seeds, strict=True)]
+    runs += [trained(values, method="spark", seed=seed) for values, seed in zip(spark, seeds, strict=True)]
+    return runs, alone, spark
+
+
+def test_an_interval_over_several_seeds_is_over_seeds_and_cases():
+    runs, alone, spark = several()
     rows = compare(runs)
     assert [row.seeds for row in rows] == ["0", "1", "2"] * 2 + ["3 seeds"] * 2
     row = difference(rows, "3 seeds")
-    pairs = zip(runs[1::2], runs[::2], strict=True)
-    by_seed = [{case: s.cases[case]["dice"] - a.cases[case]["dice"] for case in s.cases} for s, a in pairs]
-    means = {case: np.mean([values[case] for values in by_seed]) for case in "abcdefgh"}
-    expected = paired_difference(means, dict.fromkeys(means, 0.0))
-    assert row.difference == pytest.approx(expected["mean"])
-    assert (row.difference_low, row.difference_high) == pytest.approx((expected["low"], expected["high"]))
-    assert row.cases == 8
+    mean, low, high = seeds_interval(spark - alone)
+    assert row.difference == pytest.approx(mean)
+    assert (row.difference_low, row.difference_high) == pytest.approx((low, high))
+    mean, low, high = seeds_interval(spark)
+    assert (row.mean, row.low, row.high) == pytest.approx((mean, low, high))
+    assert (row.cases, row.against) == (8, "same seed")
+
+
+def test_seeds_that_are_not_shared_are_no_pairs():
+    runs, alone, spark = several(seeds=(0, 1, 2), alone_seeds=(2, 3, 4, 5))
+    row = difference(compare(runs), "3 seeds")
+    mean, low, high = seeds_interval(spark, alone)
+    assert (row.difference, row.difference_low, row.difference_high) == pytest.approx((mean, low, high))
+    assert row.against == "all seeds"
+
+
+@pytest.mark.parametrize(
+    ("seeds", "warnings"), [((0,), ["one seed"]), ((0, 1), ["one seed", "2 seeds"]), ((0, 1, 2), ["one seed"])]
+)
+def test_the_table_says_how_many_seeds_and_warns_below_three(seeds, warnings):
+    runs, _, _ = several(seeds)
+    rows = compare(runs)
+    assert [line.split(":")[0] for line in remarks(rows)] == warnings
+    assert len(seeds) == 1 or rows[-1].seeds == f"{len(seeds)} seeds"
 
 
 def test_students_of_different_teachers_are_of_different_kinds():
