@@ -1,15 +1,28 @@
 """`spark-data`: phantom, prepare, split, preview, stats, info."""
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from .errors import UserError
+from .errors import INTERRUPTED, UserError
 from .layouts import LAYOUTS
 from .location import located
+from .options import (
+    Options,
+    default_window,
+    parse_labels,
+    parse_part,
+    parse_size,
+    parse_spacing,
+    parse_window,
+    share_of_cases,
+    split_name,
+    whole,
+)
 from .progress import console, progress
 from .report import case_row, cases_table, folder_size, window_text
 from .workers import cores
@@ -19,6 +32,10 @@ DEFAULT_SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand. Returns the exit code: 0, 1 if a case failed, 2 for a mistake of the user."""
+    for stream in (sys.stdout, sys.stderr):
+        # Neither a terminal without Unicode nor a name that is none ends a run in the middle.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         options = parser().parse_args(argv)
         return options.run(options)
@@ -29,8 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = f"{error.filename}: " if error.filename else ""
         print(f"error: {place}{error.strerror or error}", file=sys.stderr)
         return 2
+    except MemoryError:
+        print("error: does not fit into memory; use fewer --workers, or a smaller --size", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         return 130
 
 
@@ -48,12 +68,15 @@ def parser() -> argparse.ArgumentParser:
 
     phantom = commands.add_parser("phantom", help="write synthetic abdominal CT in the KiTS layout")
     phantom.add_argument("out", type=Path, help="folder to write to")
-    phantom.add_argument("--cases", type=at_least(1), default=12, help="number of cases (default 12)")
+    phantom.add_argument("--cases", type=whole(1, 100_000), default=12, help="number of cases (default 12)")
     phantom.add_argument(
-        "--seed", type=at_least(0), default=0, help="seed (default 0); case k is the same however many there are"
+        "--seed", type=whole(0), default=0, help="seed (default 0); case k is the same however many there are"
     )
     phantom.add_argument(
-        "--size", type=at_least(32), default=96, help="length of a slice's side in pixels, give or take 8 (default 96)"
+        "--size",
+        type=whole(32, 1024),
+        default=96,
+        help="length of a slice's side in pixels, give or take 8 (default 96)",
     )
     phantom.set_defaults(run=run_phantom)
 
@@ -66,14 +89,17 @@ def parser() -> argparse.ArgumentParser:
         required=True,
         help="how the folder is arranged. " + " ".join(f"{name}: {LAYOUTS[name].__doc__}" for name in sorted(LAYOUTS)),
     )
-    prepare.add_argument("--labels", help="source values of organ and tumour: organ=1,tumour=2 or organ=1+3")
+    prepare.add_argument(
+        "--labels", type=parse_labels, help="source values of organ and tumour: organ=1,tumour=2 or organ=1+3"
+    )
     prepare.add_argument("--other", choices=["background"], help="take undeclared label values as background")
     prepare.add_argument(
         "--window",
+        type=parse_window,
         help="intensities that become −1 and 1: LOW,HIGH (HU) or percentile (0.5 and 99.5 of each case); default: "
         "-200,300; lits -60,140; msd of MR percentile",
     )
-    prepare.add_argument("--channel", type=at_least(0), help="which channel, from 0; needed for images with several")
+    prepare.add_argument("--channel", type=whole(0), help="which channel, from 0; needed for images with several")
     prepare.add_argument("--image-pattern", help='layout pairs: images below the folder, like "ct/{case}.nii.gz"')
     prepare.add_argument("--label-pattern", help='layout pairs: labels below the folder, like "organs/{case}.nii.gz"')
     prepare.add_argument(
@@ -82,17 +108,23 @@ def parser() -> argparse.ArgumentParser:
         help="take volumes without a label too, for prediction; without any label, --labels can be left out",
     )
     prepare.add_argument(
-        "--size", help="resample slices in their plane to 512, or ROWS,COLUMNS: images linearly, labels to the nearest"
+        "--size",
+        type=parse_size,
+        help="resample slices in their plane to 512, or ROWS,COLUMNS: images linearly, labels to the nearest",
     )
     prepare.add_argument(
-        "--spacing", help="X,Y,Z in mm along a file's axes, for files whose header has none (LiTS volumes 28 to 47)"
+        "--spacing",
+        type=parse_spacing,
+        help="X,Y,Z in mm along a file's axes, for files whose header has none (LiTS volumes 28 to 47)",
     )
     prepare.add_argument("--only", help="prepare these cases alone: case_00001,case_0002? (* and ? as in a shell)")
     prepare.add_argument(
-        "--part", help="K/N: the k-th of n parts of the cases, so that n machines can fill one store at the same time"
+        "--part",
+        type=parse_part,
+        help="K/N: the k-th of n parts of the cases, so that n machines can fill one store at the same time",
     )
     prepare.add_argument(
-        "--workers", type=at_least(1), help="number of parallel processes, one case in each (default: one per core)"
+        "--workers", type=whole(1), help="number of parallel processes, one case in each (default: one per core)"
     )
     prepare.add_argument(
         "--dry-run",
@@ -115,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
         "--repair", action="store_true", help="restore damaged metadata, and prepare damaged cases again from --source"
     )
     verify.add_argument(
-        "--workers", type=at_least(1), help="number of parallel processes, one case in each (default: one per core)"
+        "--workers", type=whole(1), help="number of parallel processes, one case in each (default: one per core)"
     )
     verify.set_defaults(run=run_verify)
 
@@ -138,10 +170,10 @@ def parser() -> argparse.ArgumentParser:
             type=share_of_cases,
             help=f"fraction of the cases (0.7), or their number (168) (default {share})",
         )
-    split.add_argument("--seed", type=at_least(0), default=0, help="seed of the division (default 0)")
+    split.add_argument("--seed", type=whole(0), default=0, help="seed of the division (default 0)")
     split.add_argument(
         "--folds",
-        type=at_least(3),
+        type=whole(3),
         help="K splits NAME-fold0 … for a cross-validation: fold k is test, the next one val, the others train",
     )
     split.add_argument(
@@ -149,14 +181,19 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         help='JSON file with {"train": [case, …], "val": […], "test": […]}, or a list of these for several splits',
     )
-    split.add_argument("--name", default="default", help="name of the split (default default); a split never changes")
+    split.add_argument(
+        "--name", type=split_name, default="default", help="name of the split (default default); a split never changes"
+    )
+    split.add_argument(
+        "--keep", action="store_true", help="leave a split of this name as it is, however it was made, and end well"
+    )
     split.set_defaults(run=run_split)
 
     preview = commands.add_parser("preview", help="a contact sheet of each case, and one HTML page over all")
     preview.add_argument("store", type=located, help="slice store")
     preview.add_argument("--out", type=Path, help="folder to write to (default: STORE's name with -preview)")
     preview.add_argument("--only", help="draw these cases alone, as for prepare; the sheets of others stay")
-    preview.add_argument("--slices", type=at_least(1), default=10, help="slices of each case (default 10)")
+    preview.add_argument("--slices", type=whole(1, 1000), default=10, help="slices of each case (default 10)")
     preview.set_defaults(run=run_preview)
 
     stats = commands.add_parser("stats", help="sizes, spacings, volumes, intensities: tables and a figure")
@@ -170,29 +207,12 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def at_least(lowest: int):
-    """A type of option: a whole number, `lowest` or above."""
-
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < lowest:
-            raise argparse.ArgumentTypeError(f"'{text}' is no whole number from {lowest} up")
-        return int(text)
-
-    return number
-
-
-def share_of_cases(text: str) -> float:
-    """A type of option: a fraction, or a number of cases."""
-    try:
-        return int(text) if text.isdecimal() else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is no fraction (0.7) and no number of cases (168)") from None
-
-
 def run_phantom(options: argparse.Namespace) -> int:
-    from .phantom import write_phantom
+    from .phantom import check_place, write_phantom
 
     with progress(options.cases, "phantom") as bar:
+        for k in range(options.cases):
+            check_place(options.out, options.seed, k, options.size)
         for k in bar.track(range(options.cases), task_id=bar.task_ids[0]):
             write_phantom(options.out, options.seed, k, options.size)
     console.print(f"{options.cases} cases in {options.out}")
@@ -200,7 +220,6 @@ def run_phantom(options: argparse.Namespace) -> int:
 
 
 def run_prepare(options: argparse.Namespace) -> int:
-    from . import options as settings
     from .layouts import choose, find_sources
     from .prepare import prepare
 
@@ -209,26 +228,25 @@ def run_prepare(options: argparse.Namespace) -> int:
         raise UserError(f"--image-pattern and --label-pattern belong to --layout pairs, not {options.layout}")
     if options.labels is None and not options.unlabelled:
         raise UserError("--labels: say which values of the label files are what, like organ=1,tumour=2")
-    part = settings.parse_part(options.part)
-    made = settings.Options(
+    settings = Options(
         store=options.store,
-        labels=settings.parse_labels(options.labels) if options.labels is not None else {},
+        labels=options.labels or {},
         other=options.other == "background",
-        window=settings.parse_window(options.window, options.layout, options.input),
+        window=options.window or default_window(options.layout, options.input),
         channel=options.channel,
-        size=settings.parse_size(options.size),
+        size=options.size,
         layout=options.layout,
         patterns=patterns if options.layout == "pairs" else None,
-        spacing=settings.parse_spacing(options.spacing),
+        spacing=options.spacing,
     )
     sources = find_sources(options.input, options.layout, patterns, options.channel, options.unlabelled)
-    sources = choose(sources, options.only, part)
+    sources = choose(sources, options.only, options.part)
     workers = options.workers or cores()
     if options.dry_run:
         from .plan import plan
 
-        return 1 if plan(sources, made, workers) else 0
-    return 1 if prepare(sources, made, workers) else 0
+        return 1 if plan(sources, settings, workers) else 0
+    return 1 if prepare(sources, settings, workers) else 0
 
 
 def run_verify(options: argparse.Namespace) -> int:
@@ -257,6 +275,11 @@ def run_split(options: argparse.Namespace) -> int:
     if sum(map(bool, (given, options.folds, options.lists))) > 1:
         raise UserError("give the parts (--train, --val, --test), or --folds, or --lists, and not two of these")
     store = open_store(options.store)
+    there = [name for name in store.splits if re.fullmatch(re.escape(options.name) + r"(-fold\d+)?", name)]
+    if options.keep and there:
+        for name in there:
+            console.print(f"split '{name}': {split_text(store.splits[name])}; it stays as it is")
+        return 0
     if options.lists:
         records = splits_by_lists(store, options.lists)
     elif options.folds:
@@ -265,9 +288,11 @@ def run_split(options: argparse.Namespace) -> int:
         records = [split_by_shares(store, given_shares(given), options.seed)]
     folds = options.folds or len(records) > 1
     named = {f"{options.name}-fold{k}" if folds else options.name: record for k, record in enumerate(records)}
-    write_splits(options.store, named)
+    # Those of a run that was stopped in the middle are there, and the same command goes on.
+    new = {name: record for name, record in named.items() if json.loads(json.dumps(record)) != store.splits.get(name)}
+    write_splits(options.store, new)
     for name, record in named.items():
-        console.print(f"split '{name}': {split_text(record)}")
+        console.print(f"split '{name}': {split_text(record)}{'' if name in new else '; it was there already'}")
         if left_out := set(store.cases).difference(*(record[part] for part in DEFAULT_SHARES)):
             console.print(f"note: in no part: {', '.join(sorted(left_out)[:10])}{' …' if len(left_out) > 10 else ''}")
     return 0

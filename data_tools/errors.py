@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterable
 
+INTERRUPTED = "interrupted; the same command goes on from here"
+"""What Ctrl-C makes a command say."""
+
 
 class UserError(Exception):
     """What went wrong, naming the file, case or key, and what to do about it.

@@ -32,4 +32,4 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """A small text file, whole or not at all."""
-    write_atomically(path, lambda aside: aside.write_text(text))
+    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))

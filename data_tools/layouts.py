@@ -2,7 +2,9 @@
 
 import glob
 import json
+import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -27,10 +29,11 @@ def find_kits(root: Path) -> list[Source]:
     found = []
     for place in (root, root / "data", root / "dataset", root / "kits21" / "data"):
         for folder in (folder for folder in sorted(place.glob("case_*")) if folder.is_dir()):
-            # KiTS21 asked three people for each structure, and this is what most of them said.
-            majority = [file for file in nifti(folder / "aggregated_MAJ_seg") if file.exists()]
-            labels = [file for file in nifti(folder / "segmentation") if file.exists() or not majority]
-            found += pairs_of(folder.name, nifti(folder / "imaging"), labels + majority)
+            files = files_in(folder)
+            # KiTS21 asked three people for each structure, and the second is what most of them said.
+            labels = named_nifti(files, "segmentation") + named_nifti(files, "aggregated_MAJ_seg")
+            images = named_nifti(files, "imaging") or [folder / "imaging.nii.gz"]
+            found += pairs_of(folder.name, images, labels or [folder / "segmentation.nii.gz"])
     return found
 
 
@@ -41,14 +44,15 @@ def find_lits(root: Path) -> list[Source]:
     places = [(root, root), (root / "data", root / "segmentation"), *((folder, folder) for folder in batches)]
     found = []
     for images, labels in places:
-        for image in sorted(images.glob("volume-*")):
-            if number := re.fullmatch(r"volume-(\d+)\.nii(\.gz)?", image.name):
-                case = f"volume-{int(number[1]):03}"
-                found += pairs_of(case, [image], nifti(labels / f"segmentation-{number[1]}"))
+        volumes, segmentations = numbered(images, "volume"), numbered(labels, "segmentation")
+        # A label without an image is a case too, that lacks its image.
+        for number in sorted(volumes.keys() | segmentations.keys()):
+            image = volumes.get(number, [images / f"volume-{number}.nii"])
+            label = segmentations.get(number, [labels / f"segmentation-{number}.nii.gz"])
+            found += [pair for file in image for pair in pairs_of(f"volume-{int(number):03}", [file], label)]
     for images in (root, root / "data", *(folder for folder in sorted(root.glob("Test*")) if folder.is_dir())):
-        for image in sorted(images.glob("test-volume-*")):
-            if number := re.fullmatch(r"test-volume-(\d+)\.nii(\.gz)?", image.name):
-                found.append(Source(f"test-volume-{int(number[1]):03}", image, None))
+        for number, files in numbered(images, "test-volume").items():
+            found += [Source(f"test-volume-{int(number):03}", file, None) for file in files]
     return found
 
 
@@ -79,20 +83,21 @@ def find_nnunet(root: Path, channel: int | None = None) -> list[Source]:
     found = []
     for folder, labels in (("imagesTr", "labelsTr"), ("imagesTs", None)):
         channels: dict[str, list[int]] = {}
-        for image in sorted((root / folder).glob(f"*_????{ending}")):
-            if part := re.fullmatch(r"(.+)_(\d{4})", image.name.removesuffix(ending)):
+        images, files = with_ending(root / folder, ending), with_ending(root / (labels or folder), ending)
+        for name in images:
+            if part := re.fullmatch(r"(.+)_(\d{4})", name):
                 channels.setdefault(part[1], []).append(int(part[2]))
         # A label without an image is a case too, that lacks its image.
-        if labels:
-            for label in sorted((root / labels).glob(f"*{ending}")):
-                channels.setdefault(label.name.removesuffix(ending), [channel or 0])
+        for name in files if labels else ():
+            channels.setdefault(name, [channel or 0])
         several = sorted({number for numbers in channels.values() for number in numbers})
         if len(several) > 1 and channel is None:
             choices = ", ".join(map(str, several))
             raise UserError(f"{root}/{folder}: has channels {choices}; pick one with --channel {several[0]}")
         for case in channels:
-            image = root / folder / f"{case}_{channel if channel is not None else several[0]:04}{ending}"
-            found.append(Source(case, image, root / labels / f"{case}{ending}" if labels else None))
+            name = f"{case}_{channel if channel is not None else several[0]:04}"
+            image = images.get(name, root / folder / f"{name}{ending}")
+            found.append(Source(case, image, files.get(case, root / labels / f"{case}{ending}") if labels else None))
     return found
 
 
@@ -101,15 +106,41 @@ def find_pairs(root: Path, image_pattern: str | None, label_pattern: str | None)
     for option, pattern in (("--image-pattern", image_pattern), ("--label-pattern", label_pattern)):
         if not pattern or "{case}" not in pattern:
             raise UserError(f'{option}: layout pairs needs a pattern with {{case}}, such as "{{case}}_ct.nii.gz"')
-    first, *others = map(re.escape, image_pattern.split("{case}"))
-    expression = re.compile(first + r"(?P<case>[^/.][^/]*)" + "(?P=case)".join(others))
-    found = []
-    for image in sorted(root.glob("*".join(map(glob.escape, image_pattern.split("{case}"))))):
-        if match := expression.fullmatch(image.relative_to(root).as_posix()):
-            found.append(Source(match["case"], image, root / label_pattern.replace("{case}", match["case"])))
-    # With "{case}.nii.gz" and "{case}_seg.nii.gz" in one folder, a label looks like an image too.
-    labels = {source.label for source in found}
-    return [source for source in found if source.image not in labels]
+        if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
+            raise UserError(
+                f"{option} {pattern}: is below the data set's folder, so that it can't begin with / or have .."
+            )
+    images, labels = matching(root, image_pattern), matching(root, label_pattern)
+    found = [
+        Source(case, image, labels.get(case, root / label_pattern.replace("{case}", case)))
+        for case, image in images.items()
+    ]
+    # With "{case}.nii.gz" and "{case}_seg.nii.gz" in one folder, a label looks like an image too, or the other way
+    # round; and with "{case}.nii.gz" for labels, so do a case's other files.
+    taken = {source.label for source in found}
+    found = [source for source in found if source.image not in taken]
+    taken, cases = {source.image for source in found}, tuple(source.case for source in found)
+    for case, label in labels.items():
+        if found and label not in taken and not case.startswith(cases):
+            found.append(Source(case, root / image_pattern.replace("{case}", case), label))
+    return found
+
+
+def matching(root: Path, pattern: str) -> dict[str, Path]:
+    """The files below a folder that match a pattern, by their {case}."""
+    found = {}
+    parts = Path(pattern).parts
+    shared = next(k for k, part in enumerate(parts, start=1) if "{case}" in part)
+    for length in sorted({shared, len(parts)}):
+        names = Path(*parts[:length]).as_posix().split("{case}")
+        first, *others = map(re.escape, names)
+        expression = re.compile(first + r"(?P<case>[^/.][^/]*)" + "(?P=case)".join(others))
+        for path in sorted(root.glob("*".join(map(glob.escape, names)))):
+            match = expression.fullmatch(path.relative_to(root).as_posix())
+            # A case's folder that can't be looked into has the file that will be asked for, and is told of then.
+            if match and (length == len(parts) or (path.is_dir() and not os.access(path, os.X_OK, effective_ids=True))):
+                found[match["case"]] = root / pattern.replace("{case}", match["case"])
+    return found
 
 
 LAYOUTS: dict[str, Callable[..., list[Source]]] = {
@@ -143,15 +174,39 @@ def pairs_of(case: str, images: list[Path], labels: list[Path]) -> list[Source]:
     return [Source(case, image, label) for image in images for label in labels]
 
 
-def nifti(path: Path) -> list[Path]:
-    """`path`.nii.gz and `path`.nii, whichever are there; the first if neither is."""
-    files = [path.with_name(path.name + suffix) for suffix in (".nii.gz", ".nii")]
-    return [file for file in files if file.exists()] or files[:1]
+def files_in(folder: Path) -> list[Path]:
+    """What is in a folder, by name; nothing if it is not there or can't be read, which its files then say."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def named_nifti(files: Iterable[Path], name: str) -> list[Path]:
+    """Those of the files that are `name`.nii.gz or `name`.nii."""
+    return [file for file in files if file.name != stem(file) == name]
+
+
+def numbered(folder: Path, kind: str) -> dict[str, list[Path]]:
+    """The files `kind`-N.nii.gz or .nii of a folder by N. A note tells of NIfTI files whose name is nearly that."""
+    found: dict[str, list[Path]] = {}
+    for file in files_in(folder):
+        if number := re.fullmatch(rf"{kind}-(\d+)\.nii(\.gz)?", file.name, re.IGNORECASE | re.ASCII):
+            found.setdefault(number[1], []).append(file)
+        elif re.match(rf"{kind}.*\.nii", file.name, re.IGNORECASE):
+            print(f"note: {file}: left out, as it is not named like {kind}-12.nii", file=sys.stderr)
+    return found
+
+
+def with_ending(folder: Path, ending: str) -> dict[str, Path]:
+    """The files of a folder that end so, in small letters or capitals, by the rest of their names."""
+    files = [file for file in files_in(folder) if file.name.lower().endswith(ending)]
+    return {file.name[: -len(ending)]: file for file in files}
 
 
 def stem(path: Path) -> str:
     """A file's name without its endings."""
-    return re.sub(r"\.nii(\.gz)?$", "", path.name)
+    return re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)
 
 
 def find_sources(

@@ -44,6 +44,12 @@ def is_local(path: Path) -> bool:
     return isinstance(path, Path)
 
 
+def resolved(path: Path) -> Path:
+    """A folder's place from the root, without `..` and links: the only kind of path that TensorStore takes, and the
+    one that names a folder the same way wherever a program is started. That of an object store is one already."""
+    return path.resolve() if is_local(path) else path
+
+
 def exists(path: Path) -> bool:
     """Whether there is something at a place. Raises `UserError` if an object store can't be reached."""
     if is_local(path):
@@ -63,7 +69,7 @@ def zarr_place(path: Path) -> Path | FsspecStore:
 def kvstore(path: Path) -> dict[str, Any]:
     """A place, for TensorStore."""
     if is_local(path):
-        return {"driver": "file", "path": str(path.absolute())}
+        return {"driver": "file", "path": str(resolved(path))}
     bucket, _, key = path.path.partition("/")
     place = {"driver": DRIVERS[path.protocol], "bucket": bucket, "path": f"{key}/"}
     if path.protocol == "s3":
@@ -74,9 +80,11 @@ def kvstore(path: Path) -> dict[str, Any]:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder with all that is in it, if it is there."""
+    """Remove a folder with all that is in it, if it is there. Of a link, only the link: the rest is another's."""
     if is_local(path):
-        if path.exists():
+        if path.is_symlink():
+            path.unlink()
+        elif path.exists():
             shutil.rmtree(path)
     elif path.exists():
         path.fs.rm(path.path, recursive=True)

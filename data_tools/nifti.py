@@ -39,6 +39,10 @@ PIECE = 2**24
 """Bytes of a file that are read at a time."""
 DEFLATE = 1032
 """The most bytes that one compressed byte can stand for."""
+UNITS = {1: (1000.0, "metres"), 3: (0.001, "micrometres")}
+"""mm in the header's units of length by their code. Code 2 is mm, and so is taken what has no code."""
+SPACINGS = (0.002, 100.0)
+"""mm between voxels that are believed of a header with other units than mm."""
 Convert = Callable[[Iterable[np.ndarray], int, Path], tuple[np.ndarray, str]]
 """From the pieces of a file's voxels (1-D, in the file's order), their number and the file's name to all voxels as
 they are stored (1-D), and a note. Raises `UserError` for voxels that can't be stored."""
@@ -119,12 +123,13 @@ def read_header(path: Path, channel: int | None = None, spacing: Sequence[float]
         with np.errstate(invalid="ignore"):
             affine, offset = header.get_best_affine(), int(header.get_data_offset())
         promised = math.prod(shape) * dtype.itemsize + offset
-        if promised > path.stat().st_size * (DEFLATE if path.suffix == ".gz" else 1):
+        if promised > path.stat().st_size * (DEFLATE if is_packed(path) else 1):
             raise ValueError(f"the header promises {promised} bytes")
     shape, skipped = pick_channel(shape, channel, path)
     if dtype.kind not in "iufb":
         raise UserError(f"{path}: voxels of type {dtype} are not numbers; convert the file to int16 or float32")
     affine, lacks = placed(header, affine, steps, spacing, path)
+    affine = in_mm(affine, *unit_of(header), lacks, path)
     return Header(
         path=path,
         shape=shape,
@@ -135,6 +140,31 @@ def read_header(path: Path, channel: int | None = None, spacing: Sequence[float]
         lacks_spacing=lacks,
         notes=tuple(header_notes(header, affine, lacks, spacing)),
     )
+
+
+def unit_of(header: nibabel.Nifti1Header) -> tuple[float, str]:
+    """A header's unit of length in mm, and its name; no name for mm."""
+    return UNITS.get(int(header["xyzt_units"]) & 7, (1.0, ""))
+
+
+def in_mm(affine: np.ndarray, scale: float, units: str, lacks: bool, path: Path) -> np.ndarray:
+    """An affine in mm whose lengths were in `units` of `scale` mm; lengths that were given are in mm already.
+
+    Raises `UserError` for units that no volume of a patient has, as some programs write any into a header.
+    """
+    if scale == 1:
+        return affine
+    factor = np.ones(4)
+    factor[:3] = scale
+    if lacks:  # what there are of lengths is mm, and only the origin is the file's
+        return np.column_stack([affine[:, :3], affine[:, 3] * factor])
+    spacing = scale * np.linalg.norm(affine[:3, :3], axis=0)
+    if spacing.min() < SPACINGS[0] or spacing.max() > SPACINGS[1]:
+        found = " × ".join(f"{length:.3g}" for length in spacing)
+        raise UserError(
+            f"{path}: its units are {units}, so that a voxel would have {found} mm; mend its units (xyzt_units)"
+        )
+    return np.diag(factor) @ affine
 
 
 def placed(
@@ -184,6 +214,8 @@ def header_notes(
     """What is doubtful about where a volume lies."""
     notes = []
     angle = np.degrees(obliquity(affine)).max()
+    if not lacks and unit_of(header)[1]:
+        notes.append(f"the header's {unit_of(header)[1]} are converted to mm")
     if angle > OBLIQUE:
         notes.append(f"oblique by {angle:.0f}°, kept in its own slices along the nearest axes")
     if not header["sform_code"] and not header["qform_code"]:
@@ -202,7 +234,7 @@ def read_voxels(header: Header, convert: Convert) -> tuple[np.ndarray, str]:
         file.seek(header.offset)
         voxels, note = convert(pieces(file, count, header), count, header.path)
         # gzip's checksum is at the end.
-        while header.path.suffix == ".gz" and file.read(PIECE):
+        while is_packed(header.path) and file.read(PIECE):
             pass
     return apply_orientation(voxels.reshape(header.shape, order="F"), header.turn), note
 
@@ -224,15 +256,27 @@ def pieces(file: BinaryIO, count: int, header: Header) -> Iterator[np.ndarray]:
 
 def unpacked(path: Path) -> BinaryIO:
     """A file, opened to be read; a compressed one is unpacked by isal, several times as fast as by zlib."""
-    return igzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+    return igzip.open(path) if is_packed(path) else open(path, "rb")
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a file's name is that of a compressed one."""
+    return path.suffix.lower() == ".gz"
 
 
 def write_image(out: Path, image: nibabel.Nifti1Image) -> None:
-    """A NIfTI file, compressed if its name ends in .gz; whole, or not at all. Raises `UserError` on a full disk."""
+    """A NIfTI file, compressed if its name ends in .gz; whole, or not at all; the same bytes for the same image.
+
+    Raises `UserError` on a full disk.
+    """
 
     def write(aside: Path) -> None:
-        with igzip.open(aside, "wb") if out.suffix == ".gz" else open(aside, "wb") as file:
-            image.to_stream(file)
+        with open(aside, "wb") as file:
+            if is_packed(out):
+                with igzip.IGzipFile("", "wb", fileobj=file, mtime=0) as packed:
+                    image.to_stream(packed)
+            else:
+                image.to_stream(file)
 
     write_atomically(out, write)
 

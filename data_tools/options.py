@@ -1,5 +1,6 @@
 """How volumes become a store, and how that is written on a command line."""
 
+import argparse
 import math
 from collections import Counter
 from dataclasses import dataclass, fields
@@ -8,11 +9,13 @@ from typing import Any
 
 from .errors import UserError
 from .layouts import modality
-from .store import read_attributes
+from .store import check_name, read_attributes
 
 HU_WINDOWS = {"kits": (-200.0, 300.0), "lits": (-60.0, 140.0)}
 """Hounsfield units that the original system maps to −1 and 1."""
 PERCENTILES = (0.5, 99.5)
+LARGEST_SIDE = 8192
+"""Pixels of a slice's side that `--size` may ask for."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ def parse_labels(text: str) -> dict[str, list[int]]:
             numbers = [int(value) for value in values.split("+")]
         except ValueError:
             numbers = []
-        if name.strip() not in ("organ", "tumour") or not numbers or name.strip() in mapping or 0 in numbers:
+        sound = all(0 < abs(number) < 2**31 for number in numbers)
+        if name.strip() not in ("organ", "tumour") or not numbers or name.strip() in mapping or not sound:
             raise UserError(f"--labels {text}: write it like organ=1,tumour=2 or organ=1+3 (0 is background)")
         mapping[name.strip()] = numbers
     repeated = [v for v, n in Counter(v for group in mapping.values() for v in group).items() if n > 1]
@@ -63,11 +67,14 @@ def parse_labels(text: str) -> dict[str, list[int]]:
     return mapping
 
 
-def parse_window(text: str | None, layout: str, root: Path) -> dict[str, Any]:
-    """`LOW,HIGH` or `percentile`; without it the layout's own, percentiles for MR. Raises `UserError`."""
-    if text is None:
-        low, high = HU_WINDOWS.get(layout, HU_WINDOWS["kits"])
-        text = "percentile" if "MR" in modality(root, layout).upper() else f"{low},{high}"
+def default_window(layout: str, root: Path) -> dict[str, Any]:
+    """The layout's own window, percentiles for MR. Raises `UserError`."""
+    low, high = HU_WINDOWS.get(layout, HU_WINDOWS["kits"])
+    return parse_window("percentile" if "MR" in modality(root, layout).upper() else f"{low},{high}")
+
+
+def parse_window(text: str) -> dict[str, Any]:
+    """`LOW,HIGH` or `percentile`. Raises `UserError`."""
     if text == "percentile":
         return {"kind": "percentile", "low": PERCENTILES[0], "high": PERCENTILES[1]}
     try:
@@ -79,37 +86,60 @@ def parse_window(text: str | None, layout: str, root: Path) -> dict[str, Any]:
     return {"kind": "fixed", "low": low, "high": high}
 
 
-def parse_size(text: str | None) -> tuple[int, int] | None:
+def parse_size(text: str) -> tuple[int, int]:
     """`512` or `512,384` (rows, columns). Raises `UserError`."""
-    if text is None:
-        return None
     try:
         numbers = [int(number) for number in text.split(",")]
     except ValueError:
         numbers = []
-    if len(numbers) not in (1, 2) or not all(0 < number < 2**15 for number in numbers):
+    if len(numbers) not in (1, 2) or not all(0 < number <= LARGEST_SIDE for number in numbers):
         raise UserError(f"--size {text}: write 512, or ROWS,COLUMNS")
     return numbers[0], numbers[-1]
 
 
-def parse_spacing(text: str | None) -> tuple[float, float, float] | None:
+def parse_spacing(text: str) -> tuple[float, float, float]:
     """`0.7,0.7,2.5`, mm along the three axes of a file. Raises `UserError`."""
-    if text is None:
-        return None
     try:
         numbers = tuple(float(number) for number in text.split(","))
     except ValueError:
         numbers = ()
-    if len(numbers) != 3 or not all(0 < number < 1e3 for number in numbers):
+    if len(numbers) != 3 or not all(1e-4 < number < 1e3 for number in numbers):
         raise UserError(f"--spacing {text}: write three lengths in mm, along the file's axes, like 0.7,0.7,2.5")
     return numbers
 
 
-def parse_part(text: str | None) -> tuple[int, int] | None:
+def parse_part(text: str) -> tuple[int, int]:
     """`3/8` to (3, 8). Raises `UserError`."""
-    if text is None:
-        return None
     numbers = [int(number) if number.isdecimal() else 0 for number in text.split("/")]
     if len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1]:
         raise UserError(f"--part {text}: write K/N with K from 1 to N, like 1/8 … 8/8")
     return numbers[0], numbers[1]
+
+
+def whole(lowest: int, highest: int | None = None):
+    """A type of option: a whole number from `lowest` up, or to `highest`."""
+    limits = f"from {lowest} up" if highest is None else f"from {lowest} to {highest}"
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or len(text) > 18 or not lowest <= int(text) <= (highest or int(text)):
+            raise argparse.ArgumentTypeError(f"'{text}' is no whole number {limits}")
+        return int(text)
+
+    return number
+
+
+def share_of_cases(text: str) -> float:
+    """A type of option: a fraction, or a number of cases."""
+    try:
+        share = int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        share = -1
+    if not (0 <= share <= 1 or (share == int(share) if 1 < share < 1e9 else False)):
+        raise argparse.ArgumentTypeError(f"'{text}' is no fraction (0.7) and no number of cases (168)")
+    return share
+
+
+def split_name(text: str) -> str:
+    """A type of option: what can be the name of a split."""
+    check_name("split", text)
+    return text

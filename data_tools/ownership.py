@@ -10,14 +10,13 @@ A name or a shape is no mark: anybody's folder can be called `cache`, or have a 
 
 import hashlib
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import UserError
+from .files import write_text
 from .location import is_local, remove
 
 
@@ -53,13 +52,8 @@ def mark(folder: Path, kind: str, **facts: Any) -> None:
     if kind == "cache" and fingerprint(facts) != folder.name:
         raise ValueError(f"{folder}: not the name of a cache with these facts, {fingerprint(facts)}")
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / MARKS[kind].file
-    aside = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-    try:
-        aside.write_text(json.dumps({"format": MARKS[kind].format, **facts}, indent=1, default=str))
-        os.replace(aside, file)
-    finally:
-        aside.unlink(missing_ok=True)
+    text = json.dumps({"format": MARKS[kind].format, **facts}, indent=1, default=str)
+    write_text(folder / MARKS[kind].file, text)
 
 
 def owned(folder: Path, kind: str) -> dict[str, Any] | None:

@@ -4,27 +4,67 @@ Not a model of anatomy: a body with fat, spine, a large neighbour and small ones
 to the organ's, two bean-shaped target organs, and tumours of low contrast and any size in most of them.
 """
 
+import os
 from pathlib import Path
 
 import nibabel
 import numpy as np
+from isal import igzip
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 from scipy.ndimage import gaussian_filter
+
+from .errors import UserError
+from .nifti import write_image
 
 ORIENTATIONS = ("IPL", "RAS", "LPS", "LAS", "PIR", "SAR", "ARS")
 
 
 def write_phantom(folder: Path, seed: int, k: int, size: int) -> None:
-    """Write case `k` of a seed as NIfTI in the KiTS layout, with its axes in an order of its own."""
+    """Write case `k` of a seed as NIfTI in the KiTS layout. What is there of it already stays."""
+    for file, image in files_of(folder, seed, k, size).items():
+        if not file.exists():
+            write_image(file, image)
+
+
+def check_place(folder: Path, seed: int, k: int, size: int) -> None:
+    """Raise `UserError` if the place of case `k` holds anything but this very case, or a part of it."""
+    case = folder / case_name(k)
+    if not os.path.lexists(case):
+        return
+    files = files_of(folder, seed, k, size)
+    # A run that is killed leaves hidden files.
+    found = [file for file in case.iterdir() if not file.name.startswith(".")] if case.is_dir() else [case]
+    if not all(file in files and same(file, files[file]) for file in found):
+        raise UserError(
+            f"{case}: exists and is not case {k} of seed {seed} and size {size}; nothing was written, name another "
+            "folder"
+        )
+
+
+def same(file: Path, image: nibabel.Nifti1Image) -> bool:
+    """Whether a file holds this image."""
+    try:
+        return igzip.decompress(file.read_bytes()) == image.to_bytes()
+    except (OSError, EOFError, igzip.IsalError):
+        return False
+
+
+def case_name(k: int) -> str:
+    """The folder of case `k`."""
+    return f"case_{k:05}"
+
+
+def files_of(folder: Path, seed: int, k: int, size: int) -> dict[Path, nibabel.Nifti1Image]:
+    """The files of case `k` of a seed, with its axes in an order of its own."""
     random = np.random.default_rng([seed, k])
     image, label, affine = phantom(random, size)
     turn = ornt_transform(axcodes2ornt("IPL"), axcodes2ornt(random.choice(ORIENTATIONS)))
     affine = affine @ inv_ornt_aff(turn, image.shape)
-    case = folder / f"case_{k:05}"
-    case.mkdir(parents=True, exist_ok=True)
-    for name, voxels in (("imaging", image), ("segmentation", label)):
-        nifti = nibabel.Nifti1Image(apply_orientation(voxels, turn), affine)
-        nibabel.save(nifti, case / f"{name}.nii.gz")
+    voxels = {"imaging": image, "segmentation": label}
+    return {
+        folder / case_name(k) / f"{name}.nii.gz": nibabel.Nifti1Image(apply_orientation(x, turn), affine)
+        for name, x in voxels.items()
+    }
 
 
 def phantom(random: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

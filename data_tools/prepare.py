@@ -21,7 +21,7 @@ from .options import Options
 from .pool import results
 from .progress import console, progress
 from .report import case_row, cases_table, window_text
-from .store import create_store, read_case, write_case
+from .store import check_name, create_store, read_case, write_case
 from .volumes import (
     check_same_grid,
     resized,
@@ -102,6 +102,7 @@ def lost_source(source: Source, reason: str) -> Result:
 def prepare_case(options: Options, source: Source, force: bool = False) -> Result:
     """Write one case unless it is there already, or in any case with `force`."""
     try:
+        check_name("case", source.case)
         hashes = source_hashes(source)
         with case_lock(options.store, source.case):
             if not force and is_there(source.case, hashes, options):

@@ -1,7 +1,6 @@
 """A contact sheet for each case of a store, and one page over all."""
 
 import html
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .arrays import LABELS, SHARD_SLICES
+from .files import write_atomically, write_text
 from .location import finished, open_array
+from .ownership import MADE_BY, check_output
 from .progress import progress
 from .split import PARTS
 from .store import TASKS, Case, Store
@@ -22,15 +23,18 @@ SHEET = "sheets/{}.png"
 def preview(store: Store, folder: Path, cases: Sequence[str], slices: int) -> Path:
     """Write FOLDER/sheets/CASE.png for each of the `cases`, with about `slices` slices, and FOLDER/index.html.
 
-    The page holds every case of the store that has a sheet. Returns its path. Raises `UserError` for damaged voxels.
+    The page holds every case of the store that has a sheet. Returns its path. Raises `UserError` for damaged voxels,
+    and before anything is written, for files of these names that were not made here.
     """
+    page = folder / "index.html"
+    for file in (page, *(folder / SHEET.format(name) for name in cases)):
+        check_output(file)
     (folder / "sheets").mkdir(parents=True, exist_ok=True)
     with progress(len(cases), "preview") as bar:
         for name in bar.track(cases, task_id=bar.task_ids[0]):
             draw_sheet(store, store.cases[name], folder / SHEET.format(name), slices)
     drawn = [case for case in store.cases.values() if (folder / SHEET.format(case.name)).exists()]
-    page = folder / "index.html"
-    write_whole(page, lambda file: file.write_text(page_of(store, drawn), encoding="utf-8"))
+    write_text(page, page_of(store, drawn))
     return page
 
 
@@ -75,7 +79,7 @@ def draw_sheet(store: Store, case: Case, path: Path, count: int) -> None:
         section = [finished(array[z, *box].read(), f"{what} slice {z}") for array in arrays]
         edges = ("A", "R") if z == chosen[0] else ()
         draw(axis, case, section, slice_title(case, z), case.spacing[1:], edges)
-    write_whole(path, lambda file: figure.savefig(file, dpi=110, format="png"))
+    write_atomically(path, lambda file: figure.savefig(file, dpi=110, format="png", metadata={"Software": MADE_BY}))
 
 
 def middle_of_labels(case: Case, labels: Any, what: str) -> tuple[int, tuple[slice, slice]]:
@@ -114,12 +118,22 @@ def draw(
     for label in labels:
         for region, colour in zip((label > 0, label == 2), COLOURS.values(), strict=True):
             if region.any() and not region.all():
-                axis.contour(region, [0.5], colors=colour, linewidths=0.9)
+                outline(axis, region, colour)
     for text, place in zip(edges, ((0.5, 0.98), (-0.01, 0.5)), strict=False):
         alignment = {"ha": "center", "va": "top"} if text in "SA" else {"ha": "right", "va": "center"}
         axis.text(*place, text, transform=axis.transAxes, color="#ffd166", fontsize=8, **alignment)
     axis.set_title(title, fontsize=7, color="#d8dce2", pad=3)
     axis.set_axis_off()
+
+
+def outline(axis, region: np.ndarray, colour: str) -> None:
+    """The outline of a region (rows, columns). That of a single row or column is closed around it."""
+    x, y = (np.arange(n) for n in region.shape[::-1])
+    if min(region.shape) < 2:
+        region, x, y = np.pad(region, 1), *(np.arange(-1, len(places) + 1) for places in (x, y))
+    limits = axis.get_xlim(), axis.get_ylim()
+    axis.contour(x, y, region, [0.5], colors=colour, linewidths=0.9)
+    axis.set(xlim=limits[0], ylim=limits[1])
 
 
 def slice_title(case: Case, z: int) -> str:
@@ -142,23 +156,13 @@ def sheet_title(case: Case) -> str:
     )
 
 
-def write_whole(path: Path, write) -> None:
-    """Write a file under another name and rename it, so that it is there whole or not at all."""
-    aside = path.with_name(f"{path.name}.part{os.getpid()}")
-    try:
-        write(aside)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
 def page_of(store: Store, cases: Iterable[Case]) -> str:
     """The HTML page over all cases. It needs nothing from the network."""
     cases = list(cases)
     cards = "\n".join(card(case, parts_of(store.splits, case.name)) for case in cases)
-    title = html.escape(str(store.path))
+    title = html.escape(str(store.path).encode(errors="backslashreplace").decode())
     facts = f"{len(cases)} of {len(store.cases)} cases, {sum(case.shape[0] for case in cases)} slices"
-    return PAGE.replace("TITLE", title).replace("FACTS", facts).replace("CARDS", cards)
+    return PAGE.replace("MADE_BY", MADE_BY).replace("TITLE", title).replace("FACTS", facts).replace("CARDS", cards)
 
 
 def parts_of(splits: Mapping[str, Any], name: str) -> list[str]:
@@ -184,6 +188,7 @@ def card(case: Case, parts: Sequence[str]) -> str:
 
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta name="generator" content="MADE_BY">
 <title>TITLE</title>
 <style>
   body { margin: 0; background: #0e1012; color: #d8dce2; font: 15px/1.4 system-ui, sans-serif }

@@ -90,7 +90,9 @@ def write_prediction(out: Path, prediction: np.ndarray, scan: Scan) -> None:
     plane = turned_shape(header.shape, header.turn)[1:]
     voxels = apply_orientation(resized(prediction, plane, nearest=prediction.dtype.kind == "u"), back)
     image = nibabel.Nifti1Image if max(voxels.shape) < 2**15 else nibabel.Nifti2Image
-    written = image(np.ascontiguousarray(voxels), header.affine, geometry_of(header, image), dtype=voxels.dtype)
+    geometry = geometry_of(header, image)
+    # In the header's own units, which need not be mm.
+    written = image(np.ascontiguousarray(voxels), geometry.get_best_affine(), geometry, dtype=voxels.dtype)
     write_image(out, written)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ from rich import box
 from rich.table import Table
 
 from .arrays import LABELS
+from .files import write_atomically
 from .location import finished, open_array
+from .ownership import MADE_BY, check_output
 from .progress import console, progress
 from .split import PARTS
 from .store import TASKS, Case, Store
@@ -46,7 +49,11 @@ class Intensities:
 
 
 def stats(store: Store, figure: Path) -> None:
-    """Print the tables of a store and draw its figure. Raises `UserError` for damaged voxels."""
+    """Print the tables of a store and draw its figure.
+
+    Raises `UserError` for damaged voxels, and for a file in the figure's place that was not made here.
+    """
+    check_output(figure)
     intensities = count_intensities(store)
     console.print(parts_table(store))
     console.print(cases_range_table(store))
@@ -157,7 +164,8 @@ def table_of(title: str, *columns: str) -> Table:
 def stats_figure(store: Store, intensities: Intensities, path: Path) -> None:
     """Intensities, sizes, spacings, volumes and splits as a PNG."""
     figure = Figure(figsize=(13, 7.2), layout="constrained")
-    figure.suptitle(f"{store.path.name}: {len(store.cases)} cases, {store.attributes.get('layout', '')}".rstrip(", "))
+    title = f"{store.path.name}: {len(store.cases)} cases, {store.attributes.get('layout', '')}".rstrip(", ")
+    figure.suptitle(title, parse_math=False)
     axes = figure.subplots(2, 3).ravel()
     found = [measures(case) for case in store.cases.values()]
     column = {key: np.array([measured[key] for measured in found], float) for key in found[0]}
@@ -174,7 +182,8 @@ def stats_figure(store: Store, intensities: Intensities, path: Path) -> None:
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, format="png")
+    save = partial(figure.savefig, dpi=110, format="png", metadata={"Software": MADE_BY})
+    write_atomically(path, save)
 
 
 def draw_intensities(axis, store: Store, intensities: Intensities) -> None:

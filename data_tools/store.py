@@ -236,8 +236,9 @@ def write_splits(path: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
     for name, record in records.items():
         remove(splits / name)
         groups = {folder: zarr.create_group(zarr_place(folder)) for folder in (splits / name, splits / name / "copy")}
-        for folder, group in groups.items():
-            write_sealed(group, folder, record)
+        # The copy first: a split that has its record is whole.
+        for folder in reversed(groups):
+            write_sealed(groups[folder], folder, record)
 
 
 def check_name(kind: str, name: str) -> None:

@@ -124,7 +124,7 @@ def _stored_label(
         start, end = end, end + len(piece)
         values = distinct(piece)
         if not np.isfinite(values).all() or (values != np.round(values)).any():
-            odd = ", ".join(f"{v:g}" for v in values[~np.isfinite(values) | (values != np.round(values))][:3])
+            odd = ", ".join(f"{v!s}" for v in values[~np.isfinite(values) | (values != np.round(values))][:3])
             raise UserError(
                 f"{path}: labels must be whole numbers, and it holds {odd}; resample it with nearest neighbour"
             )

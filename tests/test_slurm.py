@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -58,6 +59,43 @@ def test_dry_run(script, arguments, printed):
     environment = os.environ | job | {"SLURM_ARRAY_TASK_COUNT": "4"}
     result = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert printed in result.stdout, result.stderr
+
+
+def pipeline(*line, **environment):
+    line = ["bash", "launch/slurm/pipeline.sh", *map(str, line), "DATA", "--layout", "kits"]
+    return subprocess.run(line, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
+
+
+def test_the_pipeline_reads_its_recipe_as_yaml(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        "dataset: \"our data.zarr\"  # on scratch\ntask: 'organ' # or tumour\nteacher_width: 0.25 # small\n"
+    )
+    result = pipeline("--dry-run", tmp_path / "recipe.yaml")
+    jobs = [shlex.split(line) for line in result.stdout.splitlines()]
+    assert len(jobs) == 6, result.stderr
+    assert "our data.zarr" in jobs[0]
+    assert shlex.split(jobs[1][-1])[-1] == "our data.zarr"
+    assert jobs[2][-6:] == ["--network", "unet", "--width", "0.25", "--out", "runs/our data-organ/teacher"]
+    assert shlex.split(jobs[5][-1])[-1] == "our data-organ"
+    (tmp_path / "recipe.yaml").write_text("task: organ\n")
+    result = pipeline("--dry-run", tmp_path / "recipe.yaml")
+    assert result.returncode
+    assert result.stderr == f"error: {tmp_path}/recipe.yaml: has no dataset; the pipeline needs both\n"
+
+
+def test_the_pipeline_run_again_goes_on_at_the_split(tiny_store, tmp_path):
+    """Which somebody made in another way."""
+    shutil.copytree(tiny_store, tmp_path / "s.zarr")
+    (tmp_path / "recipe.yaml").write_text(f"dataset: {tmp_path}/s.zarr\ntask: organ\n")
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    # What is a command of its own is run at once, and a failure ends the chain.
+    sbatch.write_text('#!/bin/bash\nif [[ "$*" == *"spark-data split"* ]]; then bash -c "${@: -1}" >&2; fi && echo 7\n')
+    sbatch.chmod(0o755)
+    result = pipeline(tmp_path / "recipe.yaml", PATH=f"{sbatch.parent}:{os.environ['PATH']}", PYTHONPATH=str(ROOT))
+    assert result.returncode == 0, result.stderr
+    assert "5 train, 3 val, 3 test, seed 0; it stays as it is" in result.stderr
+    assert result.stdout.count("--dependency=afterok:7") == 5
 
 
 def test_a_grid_with_a_mistake(tmp_path, capsys):

@@ -1,9 +1,12 @@
 import argparse
+import os
 import pkgutil
+import shutil
 import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 from nifti_cases import save_kits
 
 import data_tools
@@ -107,3 +110,50 @@ def test_as_a_module():
     result = subprocess.run([sys.executable, "-m", "data_tools", "--help"], check=False, capture_output=True, text=True)
     assert result.returncode == 0
     assert "phantom" in result.stdout
+
+
+HOSTILE = ["a[", "x]b$", "{y}_^$x_{"]
+"""Folders whose names mean something to what draws tables, pages and figures."""
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A store of four cases."""
+    folder = tmp_path_factory.mktemp("prepared")
+    options = ["--layout", "kits", "--labels", "organ=1,tumour=2", "--workers", "1"]
+    assert main(["prepare", str(save_kits(folder / "kits", 4)), str(folder / "s.zarr"), *options]) == 0
+    return folder / "s.zarr"
+
+
+@pytest.fixture(scope="module")
+def hostile(prepared, tmp_path_factory):
+    path = tmp_path_factory.mktemp("hostile").joinpath(*HOSTILE, "[/x]$s_{.zarr")
+    shutil.copytree(prepared, path)
+    return path
+
+
+@pytest.mark.parametrize("command", ["info", "verify --workers 1", "preview --only case_00000 --out", "stats --out"])
+def test_names_that_mean_something_to_others(hostile, capsys, command):
+    command, *more = command.split()
+    if more[-1:] == ["--out"]:
+        more.append(str(hostile.parent / f"[/x]$_{{.{command}"))
+    assert main([command, str(hostile), *more]) == 0
+    assert "[/x]$" in capsys.readouterr().out
+
+
+def run_module(*line, **environment):
+    line, environment = [sys.executable, "-m", "data_tools", *map(str, line)], os.environ | environment
+    return subprocess.run(line, check=False, capture_output=True, cwd=ROOT, env=environment)
+
+
+def test_a_terminal_without_unicode(prepared):
+    for encoding in ("latin-1", "ascii"):
+        result = run_module("info", prepared, PYTHONIOENCODING=encoding)
+        assert (result.returncode, result.stderr) == (0, b"")
+        assert b"case_00000" in result.stdout
+
+
+def test_ctrl_c_while_it_is_imported(tmp_path):
+    (tmp_path / "rich.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    result = run_module("--help", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert (result.returncode, result.stderr) == (130, b"interrupted; the same command goes on from here\n")

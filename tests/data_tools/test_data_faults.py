@@ -1,6 +1,8 @@
 """Damage of every kind: to input files, to a running process, to a store's files."""
 
 import gzip
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -236,3 +238,42 @@ def test_fifty_damages_to_a_store_are_named_not_trained_on_and_healed(cases, tmp
         assert sorted(line.split(": ")[1] for line in capsys.readouterr().err.splitlines()) == damaged
         assert main(["verify", str(store), "--source", str(cases / "kits"), "--repair", "--workers", "1"]) == 0
         assert all_files(store) == whole
+
+
+def test_a_folder_whose_name_is_no_text_ends_only_itself(kits, tmp_path, capsys):
+    shutil.copytree(kits, tmp_path / "kits")
+    os.rename(os.fsencode(tmp_path / "kits" / "case_00001"), os.fsencode(tmp_path / "kits") + b"/case_\xff")
+    for workers in ("1", "2"):
+        assert prepare(tmp_path / "kits", tmp_path / "s.zarr", "--workers", workers) == 1
+        out, err = capsys.readouterr()
+        (line,) = err.splitlines()
+        assert line.startswith(r"error: case_\udcff: 'case_\udcff' can't be the name of a case")
+        assert ", 1 failed" in out
+    assert list(open_store(tmp_path / "s.zarr").cases) == ["case_00000"]
+
+
+@pytest.mark.parametrize("layout", ["kits", "pairs"])
+def test_a_folder_that_can_not_be_read_ends_only_itself(kits, tmp_path, capsys, layout):
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to become somebody else and back")
+    shutil.copytree(kits, tmp_path / "kits")
+    more = ["--layout", layout]
+    if layout == "pairs":
+        patterns = ["{case}/imaging.nii.gz", "{case}/segmentation.nii.gz"]
+        more += ["--image-pattern", patterns[0], "--label-pattern", patterns[1]]
+    (tmp_path / "kits" / "case_00001").chmod(0)
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(folder.stat().st_mode | 0o755)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine").chmod(0o777)
+    os.seteuid(65534)
+    try:
+        if not os.access(tmp_path / "kits" / "case_00000", os.R_OK, effective_ids=True):
+            pytest.skip("others can't reach the temporary folder")
+        code = prepare(tmp_path / "kits", tmp_path / "mine" / "s.zarr", *more)
+    finally:
+        os.seteuid(0)
+    assert code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"error: case_00001: .*case_00001/imaging.nii.gz: Permission denied; mend that .*", line)
+    assert list(open_store(tmp_path / "mine" / "s.zarr").cases) == ["case_00000"]

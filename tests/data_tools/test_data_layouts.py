@@ -164,3 +164,51 @@ def test_unlabelled_volumes_are_asked_for(tmp_path, touch):
     assert [s.case for s in find_sources(tmp_path, "lits")] == ["volume-001", "volume-002"]
     found = {s.case: s.label and s.label.name for s in find_sources(tmp_path, "lits", unlabelled=True)}
     assert found == {"volume-001": "segmentation-1.nii", "volume-002": None, "test-volume-003": None}
+
+
+def test_names_in_capitals(tmp_path, touch):
+    touch("volume-3.NII.GZ", "Segmentation-3.nii", "test-volume-4.Nii")
+    assert listed(find_lits(tmp_path), tmp_path) == [
+        ("volume-003", "volume-3.NII.GZ", "Segmentation-3.nii"),
+        ("test-volume-004", "test-volume-4.Nii", None),
+    ]
+    touch("case_0/imaging.NII.GZ", "case_0/segmentation.nii.gz")
+    assert listed(find_kits(tmp_path), tmp_path)[0][1] == "case_0/imaging.NII.GZ"
+    (tmp_path / "dataset.json").write_text("{}")
+    touch("imagesTr/a_0000.NII.GZ", "imagesTs/b_0000.nii.GZ", "labelsTr/a.nii.gz")
+    assert listed(find_nnunet(tmp_path), tmp_path) == [
+        ("a", "imagesTr/a_0000.NII.GZ", "labelsTr/a.nii.gz"),
+        ("b", "imagesTs/b_0000.nii.GZ", None),
+    ]
+
+
+def test_a_label_without_an_image_is_a_case(tmp_path, touch):
+    """Which fails, naming the image that is missing."""
+    touch("volume-1.nii", "segmentation-1.nii", "segmentation-2.nii")
+    assert [(s.case, s.image.name) for s in find_lits(tmp_path)] == [
+        ("volume-001", "volume-1.nii"),
+        ("volume-002", "volume-2.nii"),
+    ]
+    touch("ct/a.nii.gz", "seg/a.nii.gz", "seg/b.nii.gz")
+    assert listed(find_pairs(tmp_path, "ct/{case}.nii.gz", "seg/{case}.nii.gz"), tmp_path) == [
+        ("a", "ct/a.nii.gz", "seg/a.nii.gz"),
+        ("b", "ct/b.nii.gz", "seg/b.nii.gz"),
+    ]
+
+
+def test_other_files_of_a_case_are_no_labels_without_an_image(tmp_path, touch):
+    touch("a_ct.nii.gz", "a_pet.nii.gz", "a.nii.gz", "b_ct.nii.gz")
+    assert [s.case for s in find_pairs(tmp_path, "{case}_ct.nii.gz", "{case}.nii.gz")] == ["a", "b"]
+
+
+def test_files_that_are_nearly_named_so_are_told_of(tmp_path, touch, capsys):
+    touch("volume-1.nii", "volume-2 (1).nii.gz", "segmentation-1.nii", "volume-3.json")
+    assert [s.case for s in find_lits(tmp_path)] == ["volume-001"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"note: {tmp_path}/volume-2 (1).nii.gz: left out, as it is not named like volume-12.nii"
+
+
+@pytest.mark.parametrize("pattern", ["/data/{case}.nii", "../{case}.nii", "{case}/../x.nii"])
+def test_patterns_that_lead_elsewhere(tmp_path, pattern):
+    with pytest.raises(UserError, match=r"--image-pattern .*: is below the data set's folder"):
+        find_pairs(tmp_path, pattern, "{case}.nii")

@@ -15,7 +15,7 @@ from nifti_cases import save_kits
 
 from data_tools.cli import main
 from data_tools.errors import UserError
-from data_tools.location import kvstore, located
+from data_tools.location import kvstore, located, resolved
 from data_tools.store import open_store
 
 
@@ -162,3 +162,25 @@ def test_a_missing_package_is_one_line(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "upath", None)
     assert main(["info", "s3://data/s.zarr"]) == 2
     assert capsys.readouterr().err == ("error: s3://data/s.zarr: upath is missing; pip install 'spark-dist[cloud]'\n")
+
+
+@pytest.mark.parametrize("place", ["../s.zarr", "link/../../s.zarr", "../other/deep/../../s.zarr", "linked.zarr"])
+def test_paths_through_parents_and_links(tmp_path, monkeypatch, capsys, place):
+    """What a shell takes for the store, every command takes for it."""
+    save_kits(tmp_path / "kits", 1)
+    line = ["--layout", "kits", "--labels", "organ=1,tumour=2", "--workers", "1"]
+    assert main(["prepare", str(tmp_path / "kits"), str(tmp_path / "s.zarr"), *line]) == 0
+    (tmp_path / "work").mkdir()
+    (tmp_path / "other" / "deep").mkdir(parents=True)
+    (tmp_path / "work" / "link").symlink_to(tmp_path / "other" / "deep")
+    (tmp_path / "work" / "linked.zarr").symlink_to("../s.zarr")
+    monkeypatch.chdir(tmp_path / "work")
+    if not os.path.exists(place):
+        (tmp_path / "other" / "s.zarr").symlink_to(tmp_path / "s.zarr")
+    capsys.readouterr()
+    assert main(["verify", place, "--workers", "1"]) == 0
+    assert main(["prepare", "../kits", place, *line]) == 0
+    assert "1 unchanged" in capsys.readouterr().out
+    assert main(["export", place, "case_00000", "out.nii.gz"]) == 0
+    assert main(["preview", place, "--out", "look"]) == 0
+    assert resolved(located(place)) == tmp_path / "s.zarr"

@@ -135,3 +135,37 @@ def test_measures(tiny_store):
     for task, values in TASKS.items():
         assert found[f"{task} ml"] == pytest.approx(np.isin(label, values).sum() * 3 * 0.8 * 0.7 / 1000)
     assert (found["slices"], found["rows"], found["slice spacing mm"]) == (7, 42, 3)
+
+
+def test_a_case_of_one_slice_row_or_column_is_drawn(tmp_path):
+    create_store(tmp_path / "s.zarr", {"labels": {"organ": [1]}, "window": {"kind": "fixed", "low": 0, "high": 9}})
+    facts = {"affine": np.eye(4).tolist(), "spacing": [4, 1, 1], "window": [0, 9], "source": {}}
+    for name, shape in (("slice", (1, 20, 20)), ("row", (9, 1, 20)), ("column", (9, 20, 1)), ("voxel", (1, 1, 1))):
+        label = np.zeros(shape, np.uint8)
+        label[tuple(slice(n // 3, 2 * n // 3 + 1) for n in shape)] = 1
+        write_case(tmp_path / "s.zarr", name, np.zeros(shape, np.int16), label, facts)
+    assert main(["preview", str(tmp_path / "s.zarr"), "--out", str(tmp_path / "look")]) == 0
+    for name in ("slice", "row", "column"):
+        assert pixels_near(imread(tmp_path / "look/sheets" / f"{name}.png"), COLOURS["organ"]) > 20, name
+
+
+@pytest.mark.parametrize("taken", ["index.html", "sheets/case_00001.png"])
+def test_files_that_were_not_made_here_stay(tiny_store, tmp_path, capsys, taken):
+    (tmp_path / "sheets").mkdir()
+    (tmp_path / taken).write_text("<title>my thesis</title>")
+    line = ["preview", str(tiny_store), "--out", str(tmp_path), "--only", "case_0000[01]", "--slices", "1"]
+    assert main(line) == 2
+    assert f"{tmp_path / taken}: exists and was not made by spark-dist" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == [taken.split("/")[-1]]
+    (tmp_path / taken).unlink()
+    assert main(line) == main(line) == 0
+
+
+def test_a_figure_does_not_replace_what_was_not_made_here(tiny_store, tmp_path, capsys):
+    for file in (tmp_path / "photo.png", tmp_path / "zarr.json"):
+        file.write_bytes(b"mine")
+        assert main(["stats", str(tiny_store), "--out", str(file)]) == 2
+        assert f"{file}: exists and was not made by spark-dist" in capsys.readouterr().err
+        assert file.read_bytes() == b"mine"
+    figure = ["stats", str(tiny_store), "--out", str(tmp_path / "new.png")]
+    assert main(figure) == main(figure) == 0

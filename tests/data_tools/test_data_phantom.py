@@ -1,9 +1,10 @@
+import re
 import time
 
 import nibabel
 import numpy as np
 import pytest
-from nifti_cases import all_files
+from nifti_cases import all_files, save_kits
 
 from data_tools.cli import main
 from data_tools.phantom import phantom
@@ -59,3 +60,29 @@ def test_the_task_is_not_a_threshold(twelve):
     assert 15 < len(sizes) < 30
     assert max(sizes) > 10 * min(sizes)
     assert max(contrasts) < 80
+
+
+def test_a_real_case_of_the_same_name_stays(tmp_path, capsys):
+    """And nothing is written beside it: phantoms among real cases would be trained on."""
+    kits = save_kits(tmp_path / "kits", 1)
+    (kits / "case_00000").rename(kits / "case_00001")
+    before = all_files(tmp_path)
+    assert main(["phantom", str(kits), "--cases", "2", "--size", "40"]) == 2
+    assert re.fullmatch(r"error: .*case_00001: exists and is not case 1 of seed 0 .*\n", capsys.readouterr().err)
+    assert all_files(tmp_path) == before
+
+
+def test_phantoms_that_are_there_stay_and_what_lacks_is_written(tmp_path, capsys):
+    line = ["phantom", str(tmp_path / "a"), "--size", "40", "--cases"]
+    assert main([*line, "2"]) == 0
+    whole = all_files(tmp_path)
+    (tmp_path / "a/case_00001/segmentation.nii.gz").unlink()
+    times = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.gz")}
+    assert main([*line, "2"]) == 0
+    assert all_files(tmp_path) == whole
+    assert all(file.stat().st_mtime_ns == time for file, time in times.items())
+    for wrong in (["--seed", "1"], ["--size", "41"]):
+        assert main([*line, "1", *wrong]) == 2
+    (tmp_path / "a/case_00000/notes.txt").write_text("mine")
+    assert main([*line, "1"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 3

@@ -18,7 +18,7 @@ from nifti_cases import AFFINE, all_files, at_world_places, read, rewrite_json, 
 
 from data_tools.cli import main
 from data_tools.errors import UserError
-from data_tools.options import parse_labels, parse_window
+from data_tools.options import default_window, parse_labels, parse_window
 from data_tools.store import open_store
 
 LABELS = ("--labels", "organ=1,tumour=2")
@@ -544,7 +544,7 @@ def test_labels_that_are_none(text):
 @pytest.mark.parametrize("text", ["", "1", "a,b", "3,1", "1,1", "1,2,3", "nan,1", "-inf,inf"])
 def test_windows_that_are_none(text):
     with pytest.raises(UserError, match="--window"):
-        parse_window(text, "kits", Path())
+        parse_window(text)
 
 
 @pytest.mark.parametrize(
@@ -553,4 +553,4 @@ def test_windows_that_are_none(text):
 )
 def test_the_window_of_msd_follows_the_modality(tmp_path, description, kind):
     (tmp_path / "dataset.json").write_text(json.dumps(description))
-    assert parse_window(None, "msd", tmp_path)["kind"] == kind
+    assert default_window("msd", tmp_path)["kind"] == kind

@@ -1,11 +1,15 @@
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from nifti_cases import all_files
 
 from data_tools.cli import main
 from data_tools.errors import UserError
@@ -169,3 +173,44 @@ def test_command_for_folds_and_lists(tiny_store, tmp_path, capsys):
     assert "split 'mine': lists of mine.json, 1 train, 1 val, 1 test\n" in out
     assert "note: in no part: case_00003, " in out
     assert main(["split", str(path), "--lists", str(lists), "--folds", "3", "--name", "both"]) == 2
+
+
+KILLED = """
+import os, signal, sys
+from data_tools import cli, store
+left, real = int(sys.argv[1]), store.write_sealed if hasattr(store, "write_sealed") else store._write_sealed
+def write(*parts):
+    global left
+    left -= 1
+    real(*parts)
+    left or os.kill(os.getpid(), signal.SIGKILL)
+store.write_sealed = store._write_sealed = write
+cli.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("writes", [1, 4, 5])
+def test_folds_that_were_killed_in_the_middle_are_completed_by_the_same_command(tiny_store, tmp_path, capsys, writes):
+    shutil.copytree(tiny_store, tmp_path / "s.zarr")
+    shutil.copytree(tiny_store, tmp_path / "whole.zarr")
+    line = ["--folds", "5", "--name", "cv"]
+    run = subprocess.run([sys.executable, "-c", KILLED, str(writes), "split", tmp_path / "s.zarr", *line], check=False)
+    assert run.returncode == -signal.SIGKILL
+    assert len(open_store(tmp_path / "s.zarr").splits) < 6
+    for store in ("s.zarr", "whole.zarr"):
+        assert main(["split", str(tmp_path / store), *line]) == 0
+    assert all_files(tmp_path / "s.zarr") == all_files(tmp_path / "whole.zarr")
+    capsys.readouterr()
+    assert main(["split", str(tmp_path / "s.zarr"), *line]) == 0
+    assert capsys.readouterr().out.count("; it was there already") == 5
+    assert main(["split", str(tmp_path / "s.zarr"), *line, "--seed", "1"]) == 2
+
+
+def test_a_split_is_kept_however_it_was_made(tiny_store, tmp_path, capsys):
+    shutil.copytree(tiny_store, tmp_path / "s.zarr")
+    before = all_files(tmp_path)
+    assert main(["split", str(tmp_path / "s.zarr"), "--keep"]) == 0
+    assert "split 'default': 5 train, 3 val, 3 test, seed 0; it stays as it is" in capsys.readouterr().out
+    assert all_files(tmp_path) == before
+    assert main(["split", str(tmp_path / "s.zarr"), "--keep", "--name", "other"]) == 0
+    assert sorted(open_store(tmp_path / "s.zarr").splits) == ["default", "other"]

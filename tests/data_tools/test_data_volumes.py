@@ -16,6 +16,7 @@ from data_tools.layouts import Source
 from data_tools.nifti import read_header, read_voxels
 from data_tools.options import Options
 from data_tools.prepare import prepare_case
+from data_tools.scans import read_scan, write_prediction
 from data_tools.store import AXES, create_store, open_store
 from data_tools.volumes import stored_image, stored_label, to_source_grid
 
@@ -274,3 +275,52 @@ def test_labels():
     for odd in (0.5, np.nan, np.inf):
         with pytest.raises(UserError, match=f"whole numbers, and it holds {odd}"):
             as_label(np.array([0, odd]), mapping, True)
+
+
+def with_units(path, units, factor):
+    """A volume of 0.8 × 0.7 × 2.5 mm whose header has other units."""
+    affine = np.diag([factor, factor, factor, 1]) @ AFFINE
+    image = nibabel.Nifti1Image(np.zeros((4, 5, 6), np.int16), affine)
+    image.header.set_xyzt_units(units)
+    nibabel.save(image, path)
+    return path
+
+
+@pytest.mark.parametrize(("units", "factor"), [("meter", 1e-3), ("micron", 1e3), ("mm", 1), ("unknown", 1)])
+def test_lengths_are_in_the_units_of_the_header(tmp_path, units, factor):
+    header = read_header(with_units(tmp_path / "a.nii.gz", units, factor))
+    np.testing.assert_allclose(header.affine, AFFINE, rtol=1e-5)
+    assert not header.lacks_spacing
+    assert len(header.notes) == (units in ("meter", "micron"))
+
+
+@pytest.mark.parametrize("units", ["meter", "micron"])
+def test_units_that_no_patient_has(tmp_path, units):
+    with pytest.raises(UserError, match=r"a\.nii\.gz: its units are (micro)?metres, so that a voxel would"):
+        read_header(with_units(tmp_path / "a.nii.gz", units, 1))
+
+
+def test_a_spacing_that_is_given_is_in_mm(tmp_path):
+    image = nibabel.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.eye(4))
+    image.header.set_xyzt_units("meter")
+    nibabel.save(image, tmp_path / "a.nii")
+    header = read_header(tmp_path / "a.nii", spacing=(0.5, 0.75, 5))
+    np.testing.assert_allclose(np.linalg.norm(header.affine[:3, :3], axis=0), (0.5, 0.75, 5))
+
+
+def test_a_label_that_is_nearly_whole_is_named_as_it_is(tmp_path):
+    file = save(tmp_path / "a.nii.gz", np.full((2, 2, 2), 1.0000001))
+    with pytest.raises(UserError, match=r"whole numbers, and it holds 1\.0000001; "):
+        read_voxels(read_header(file), stored_label({"organ": [1]}, False))
+
+
+@pytest.mark.parametrize(("units", "factor"), [("meter", 1e-3), ("mm", 1)])
+def test_a_prediction_is_written_in_the_units_of_the_scan(tmp_path, units, factor):
+    scan = read_scan(
+        with_units(tmp_path / "a.nii.gz", units, factor), {"kind": "fixed", "low": 0, "high": 1}, None, None
+    )
+    assert scan.spacing == pytest.approx((2.5, 0.7, 0.8))
+    write_prediction(tmp_path / "out.nii.gz", scan.image.astype(np.uint8), scan)
+    source, out = (nibabel.load(tmp_path / name) for name in ("a.nii.gz", "out.nii.gz"))
+    np.testing.assert_array_equal(out.affine, source.affine)
+    assert out.header.get_xyzt_units()[0] == units
