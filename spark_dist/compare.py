@@ -46,6 +46,9 @@ class CompareOptions(Options):
 
 OPTIONS = CompareOptions
 
+STAGE_TAGS = ("dataset", "task", "split", "role", "network", "seed")
+"""Tags that each stage's run has."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -153,8 +156,8 @@ def load_runs(tracking_uri: str, name: str = "") -> tuple[list[Run], list[str]]:
     unfinished, replaced = [], 0
     for item in items.values():
         tags = item.data.tags
-        if "role" not in tags:
-            continue
+        if not {"journal", *STAGE_TAGS, "width", "method", "parameters"} <= tags.keys():
+            continue  # a job above its stages, or somebody else's
         parent = items.get(tags.get("mlflow.parentRunId"))
         title = f"{parent.info.run_name}/{item.info.run_name}" if parent else item.info.run_name
         cases = test_cases(client, item.info.run_id, title)
@@ -162,7 +165,7 @@ def load_runs(tracking_uri: str, name: str = "") -> tuple[list[Run], list[str]]:
             unfinished.append(title)
             continue
         loaded = Run(
-            **{key: tags[key] for key in ("dataset", "task", "split", "role", "network", "seed")},
+            **{key: tags[key] for key in STAGE_TAGS},
             width=float(tags["width"]),
             method=tags["method"] or "none",
             teacher=parent.data.tags.get("teacher", "") if parent and tags["role"] == "student" else "",

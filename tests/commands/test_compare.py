@@ -10,6 +10,7 @@ from spark_dist.cli import main
 from spark_dist.compare import Run, compare, load_runs, remarks
 from spark_dist.evaluation.intervals import seeds_interval
 from spark_dist.evaluation.metrics import write_cases
+from spark_dist.training.mlflow_client import make_client
 from spark_dist.training.tracking import open_run
 
 NETWORKS = {"unet": 31_037_633, "enet": 353_761}
@@ -144,9 +145,14 @@ def test_from_the_runs_to_the_table_and_its_files(store, tmp_path, capsys):
     logged(store, tmp_path / "alone", alone)
     logged(store, tmp_path / "spark", spark)
     logged(store, tmp_path / "killed", trained([0.1], "unet", "teacher"), finished=False)
+    client = make_client(store)
+    foreign = {"mlflow.runName": "foreign", "role": "teacher"}
+    foreign = client.create_run(client.get_experiment_by_name("kits-organ").experiment_id, tags=foreign)
+    client.log_artifact(foreign.info.run_id, tmp_path / "old" / "student" / "test_cases.json")
     files = ("--csv", "out/rows.csv", "--json", "out/rows.json")
     assert main(["compare", "--tracking-uri", store, *files]) == 0
     text = capsys.readouterr().out
+    assert "foreign" not in text
     assert "kits, organ" in text
     assert "+15.00 [+10.00, +20.00]" in text  # nothing is cut off, however wide
     assert "student, spark (unet)" in text
