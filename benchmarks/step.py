@@ -145,7 +145,7 @@ class Bench:
             return self.clock() - start
 
         if cache is not None:
-            assert ahead[0]["entries"].arrays is not None
+            assert ahead[0].entries.arrays is not None
         return step
 
     def changes(self) -> dict[str, Callable[[], float]]:

@@ -45,7 +45,8 @@ from scipy.ndimage import gaussian_filter, zoom
 from torch.utils.data import DataLoader, Dataset
 
 from data_tools.store import Store, open_store, write_split
-from spark_dist.data.batches import SliceDataset, windowed
+from spark_dist.data.batches import RawBatch, SliceDataset, windowed
+from spark_dist.data.cache import Entries
 from spark_dist.data.loader import training_loader
 from spark_dist.data.order import EpochSampler
 from spark_dist.data.shared_memory import ALIGNMENT, empty_array
@@ -188,7 +189,7 @@ class MappedDataset(Dataset):
                 self.arrays[name, kind] = blosc2.open(path, mode="r", mmap_mode="r", dparams={"nthreads": 1})
         return self.arrays[name, kind]
 
-    def __getitems__(self, keys: list[int]) -> dict[str, torch.Tensor]:
+    def __getitems__(self, keys: list[int]) -> RawBatch:
         rows, columns = CROP.overlap(SHAPE[1:])[0]
         arrays = {kind: empty_array((len(keys), *CROP.size), dtype) for kind, dtype in KINDS.items()}
         for n, key in enumerate(keys):
@@ -196,9 +197,9 @@ class MappedDataset(Dataset):
             z = int(self.table.slice[key // ORIENTATIONS])
             for kind, out in arrays.items():
                 out[n] = orient(self.open(name, kind)[z, rows, columns], key % ORIENTATIONS)
-        arrays["window"] = empty_array((len(keys), 2), np.float32)
+        arrays["window"], arrays["keys"] = empty_array((len(keys), 2), np.float32), np.array(keys)
         arrays["window"][:] = WINDOW
-        return {kind: torch.from_numpy(array) for kind, array in arrays.items()}
+        return RawBatch(**{kind: torch.from_numpy(array) for kind, array in arrays.items()}, entries=Entries(None))
 
     def batch_bytes(self, n: int) -> int:
         """What a batch takes, at most."""
@@ -275,7 +276,7 @@ def loaders(table: SliceTable, folders: dict[str, Path]) -> dict[str, Callable[[
     def own(dataset: Dataset, workers: int) -> Iterator:
         epochs = sampler()
         return endless(
-            training_loader(dataset, epochs, workers), epochs, lambda b: (windowed(b["image"], b["window"]), b["label"])
+            training_loader(dataset, epochs, workers), epochs, lambda b: (windowed(b.image, b.window), b.label)
         )
 
     def by_slice(dataset: Dataset, workers: int, ready: Callable, keyed: bool = True) -> Iterator:

@@ -11,7 +11,9 @@ import json
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
@@ -32,12 +34,60 @@ CHECKSUM = 4
 MISSING = 2**64 - 1
 """Where a chunk begins that was not written."""
 
+DAMAGE = (OSError, ValueError, RuntimeError)
+"""Raised where a slice is damaged or missing; RuntimeError is numcodecs' for bytes that can't be unpacked."""
+
 # Slices are decoded in parallel, and not each in threads of its own.
 blosc.use_threads = False
 
 
-DAMAGE = (OSError, ValueError, RuntimeError)
-"""What reading a damaged slice raises; RuntimeError is numcodecs' for bytes that can't be unpacked."""
+@contextmanager
+def damage_named(what: str) -> Iterator[None]:
+    """Turn `DAMAGE` within the block into a `UserError` naming `what`."""
+    try:
+        yield
+    except DAMAGE as error:
+        raise damaged(what, error) from None
+
+
+@dataclass(slots=True)
+class PendingChunk:
+    """A slice that the system was told to read ahead from a shard's file."""
+
+    file: FileIO
+    begin: int
+    length: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def read(self, out: np.ndarray | None = None) -> np.ndarray:
+        """The slice, in `out` (contiguous) if given, else in this thread's own memory: good until the thread reads
+        another slice, of whichever reader. Raises one of `DAMAGE`."""
+        if out is None:
+            size = math.prod(self.shape) * self.dtype.itemsize
+            out = scratch("voxels", size).view(self.dtype).reshape(self.shape)
+        with self.file:
+            chunk = checked(self.file, self.begin, scratch("packed", self.length))
+            blosc.decompress(chunk, out.reshape(-1).view(np.uint8))
+        return out
+
+
+@dataclass(slots=True)
+class PendingFuture:
+    """A slice that TensorStore fetches."""
+
+    future: "tensorstore.Future"
+
+    def read(self, out: np.ndarray | None = None) -> np.ndarray:
+        """The slice, in `out` if given. Raises one of `DAMAGE`."""
+        voxels = self.future.result()
+        if out is None:
+            return voxels
+        out[...] = voxels
+        return out
+
+
+PendingSlice = PendingChunk | PendingFuture
 
 
 class SliceReader:
@@ -48,7 +98,7 @@ class SliceReader:
 
     def __init__(self, path: Path, context: "tensorstore.Context | None" = None):
         self._path, self._context, metadata = path, context, read_metadata(path)
-        self._shape, self._dtype = metadata["shape"][1:], np.dtype(metadata["data_type"])
+        self._shape, self._dtype = tuple(metadata["shape"][1:]), np.dtype(metadata["data_type"])
         self._per_shard = slices_per_shard(metadata) if is_local(path) and context is None else 0
         self._indices: dict[int, np.ndarray] = {}
 
@@ -62,34 +112,10 @@ class SliceReader:
         """The whole array, unread."""
         return open_array(self._path, self._context)
 
-    def start(self, z: int, what: str) -> Callable[[], np.ndarray]:
-        """Have slice `z` fetched. Returns a function that gives its voxels (H, W), good until the same thread takes
-        another slice, of whichever reader.
-
-        Both raise `UserError` naming `what` if the slice is damaged or missing.
-        """
-        try:
-            take = self.fetch(z)
-        except DAMAGE as error:
-            raise damaged(what, error) from None
-
-        def finish() -> np.ndarray:
-            try:
-                return take(None)
-            except DAMAGE as error:
-                raise damaged(what, error) from None
-
-        return finish
-
-    def fetch(self, z: int) -> Callable[[np.ndarray | None], np.ndarray]:
-        """Have slice `z` fetched. Returns a function that puts it into a contiguous array, or into this thread's
-        own for None.
-
-        Both raise one of `DAMAGE`.
-        """
+    def start(self, z: int) -> PendingSlice:
+        """Have slice `z` fetched. Raises one of `DAMAGE`."""
         if not self.direct:
-            read = self.array[z].read()
-            return lambda out: finished_into(read, out)
+            return PendingFuture(self.array[z].read())
         shard, place = divmod(z, self._per_shard)
         file = FileIO(f"{self._path}/c/{shard}" + "/0" * len(self._shape))
         if shard not in self._indices:
@@ -99,24 +125,7 @@ class SliceReader:
             raise ValueError("it is missing")
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), begin, length, os.POSIX_FADV_WILLNEED)
-        return lambda out: self._decoded(file, begin, length, out)
-
-    def _decoded(self, file: FileIO, begin: int, length: int, out: np.ndarray | None) -> np.ndarray:
-        if out is None:
-            size = math.prod(self._shape) * self._dtype.itemsize
-            out = scratch("voxels", size).view(self._dtype).reshape(self._shape)
-        with file:
-            blosc.decompress(checked(file, begin, scratch("packed", length)), out.reshape(-1).view(np.uint8))
-        return out
-
-
-def finished_into(read: "tensorstore.Future", out: np.ndarray | None) -> np.ndarray:
-    """The result of a read, in `out` if there is one."""
-    voxels = read.result()
-    if out is None:
-        return voxels
-    out[...] = voxels
-    return out
+        return PendingChunk(file, begin, length, self._shape, self._dtype)
 
 
 _scratch = threading.local()

@@ -147,7 +147,7 @@ def verify(job: Job, targets: TeacherTargets, count: int) -> None:
     dataset, worst, wrong, damaged = SliceDataset(job.table, o.slice_spec), 0.0, 0, 0
     for key in chosen[accelerator.process_index :: accelerator.num_processes]:
         batch = to_device(dataset.__getitems__([int(key)]), dataset.spec, accelerator.device)
-        stored = cache.start_reading(batch.keys)()
+        stored = cache.read(batch.keys)
         again = targets.compute(batch.image, batch.mask)
         if stored.arrays is None:
             damaged += 1

@@ -2,66 +2,109 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from data_tools.shards import PendingSlice, damage_named
+
+from .cache import Entries, PendingEntries, TeacherCache
 from .shared_memory import aligned, empty_array
 from .slices import SliceTable, VoxelReader
 from .views import ORIENTATIONS, SliceSpec, orient
 
 
+class RawBatch(NamedTuple):
+    """A batch as the store has it, on the CPU: what travels to the training device are integers."""
+
+    image: Tensor
+    """(N, H, W) in the store's intensities."""
+    label: Tensor
+    """(N, H, W) uint8."""
+    window: Tensor
+    """(N, 2) float32: the intensities that become −1 and 1."""
+    keys: Tensor
+    """(N,) int64."""
+    entries: Entries
+    """Cached teacher targets."""
+
+
+@dataclass(frozen=True)
+class PendingBatch:
+    """Slices and cache entries whose reads have been started, and the arrays of the batch that they are put into."""
+
+    spec: SliceSpec
+    names: list[str]
+    """(N,) of the slices, for errors."""
+    images: list[PendingSlice]
+    labels: list[PendingSlice]
+    entries: PendingEntries | None
+    batch: dict[str, np.ndarray]
+    """The arrays of a `RawBatch`, of which `window` and `keys` are filled already."""
+
+    def fill(self, n: int) -> None:
+        """Decode sample n. Raises `UserError` naming the slice if it is damaged."""
+        crop, orientation = self.spec.crop, self.batch["keys"][n] % ORIENTATIONS
+        with damage_named(self.names[n]):
+            outside = np.floor(self.batch["window"][n, 0])
+            self.batch["image"][n] = orient(crop.of(self.images[n].read(), outside), orientation)
+            self.batch["label"][n] = orient(crop.of(self.labels[n].read(), 0), orientation)
+        if self.entries is not None:
+            self.entries.fill(n)
+
+
 class SliceDataset(Dataset):
     """Batches of oriented crops by their keys. One item is a whole batch, read at once."""
 
-    def __init__(self, table: SliceTable, spec: SliceSpec, cache: Any = None):
+    def __init__(self, table: SliceTable, spec: SliceSpec, cache: TeacherCache | None = None):
         self.table = table
         self.spec = spec
         self.cache = cache
         self.reader = VoxelReader(table.store)
 
-    def __getitems__(self, keys: Sequence[int]) -> dict[str, Any]:
-        """`keys` (N,) → image (N, H, W) in the store's intensities, label (N, H, W) uint8, window (N, 2), keys (N,),
-        and what the teacher cache has of them (`teacher_cache.Entries`)."""
-        keys = np.asarray(keys, dtype=np.int64)
-        facts, reads = [], []
+    def __getitems__(self, keys: Sequence[int]) -> RawBatch:
+        """The samples `keys` (N,), and what the teacher cache has of them."""
+        pending = self.start(np.asarray(keys, dtype=np.int64))
+        self.reader.each(pending.fill, len(keys))
+        entries = Entries(None) if self.cache is None else self.cache.finish_reading(pending.entries)
+        return RawBatch(**{name: torch.from_numpy(x) for name, x in pending.batch.items()}, entries=entries)
+
+    def start(self, keys: np.ndarray) -> PendingBatch:
+        """Have everything fetched that the samples `keys` (N,) need."""
+        cases, names, images, labels = [], [], [], []
         for row in keys // ORIENTATIONS:
-            name, what = self.table.cases[self.table.case[row]], f"{self.table.store.path}: {self.table.name(row)}"
-            facts.append(self.table.store.cases[name])
-            z = int(self.table.slice[row])
-            reads.append([self.reader.slices(name, kind).start(z, what) for kind in ("image", "label")])
-        cached = self.cache.start_reading(keys) if self.cache is not None else None
-        crop, dtype = self.spec.crop, np.result_type(*(fact.dtype for fact in facts))
-        images, labels = (empty_array((len(keys), *crop.size), kind) for kind in (dtype, np.uint8))
-        windows, own_keys = empty_array((len(keys), 2), np.float32), empty_array(keys.shape, np.int64)
-        windows[:], own_keys[:] = [fact.window for fact in facts], keys
+            case, z = self.table.cases[self.table.case[row]], int(self.table.slice[row])
+            cases.append(self.table.store.cases[case])
+            names.append(f"{self.table.store.path}: {self.table.name(row)}")
+            with damage_named(names[-1]):
+                images.append(self.reader.slices(case, "image").start(z))
+                labels.append(self.reader.slices(case, "label").start(z))
+        entries = self.cache.start_reading(keys) if self.cache is not None else None
+        arrays = self.arrays(np.result_type(*(case.dtype for case in cases)))
+        batch = {name: empty_array((len(keys), *shape), dtype) for name, (shape, dtype) in arrays.items()}
+        batch["window"][:], batch["keys"][:] = [case.window for case in cases], keys
+        return PendingBatch(self.spec, names, images, labels, entries, batch)
 
-        def fill(n: int) -> None:
-            (image, label), orientation = reads[n], keys[n] % ORIENTATIONS
-            images[n] = orient(crop.of(image(), np.floor(facts[n].window[0])), orientation)
-            labels[n] = orient(crop.of(label(), 0), orientation)
-
-        self.reader.each(fill, len(keys))
+    def arrays(self, intensities: np.dtype) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """The arrays of a `RawBatch`: shape a sample and number format."""
+        size = self.spec.crop.size
         return {
-            "image": torch.from_numpy(images),
-            "label": torch.from_numpy(labels),
-            "window": torch.from_numpy(windows),
-            "keys": torch.from_numpy(own_keys),
-            "entries": cached(self.reader.each) if cached is not None else None,
+            "image": (size, intensities),
+            "label": (size, np.dtype(np.uint8)),
+            "window": ((2,), np.dtype(np.float32)),
+            "keys": ((), np.dtype(np.int64)),
         }
 
     def batch_bytes(self, n: int) -> int:
-        """What the arrays of a batch of n slices take, at most."""
-        dtype = np.result_type(*(self.table.store.cases[name].dtype for name in self.table.cases))
-        size = self.spec.crop.size
-        shapes = {"image": (size, dtype), "label": (size, np.uint8)}
-        shapes |= {"window": ((2,), np.float32), "keys": ((), np.int64)}
+        """Bytes of the arrays of a batch of n slices, at most."""
+        arrays = self.arrays(np.result_type(*(self.table.store.cases[name].dtype for name in self.table.cases)))
         if self.cache is not None:
-            shapes |= self.cache.arrays()
-        return sum(aligned(n * math.prod(shape) * np.dtype(kind).itemsize) for shape, kind in shapes.values())
+            arrays |= self.cache.arrays()
+        return sum(aligned(n * math.prod(shape) * dtype.itemsize) for shape, dtype in arrays.values())
 
 
 class Batch(NamedTuple):
@@ -81,14 +124,15 @@ class Batch(NamedTuple):
     """Keys of cached entries that could not be read."""
 
 
-def to_device(raw: dict[str, Any], spec: SliceSpec, device: torch.device) -> Batch:
-    """Window and one-hot a batch on the training device: what travels there are integers."""
-    targets, damaged = raw["entries"] or (None, ())
+def to_device(raw: RawBatch, spec: SliceSpec, device: torch.device) -> Batch:
+    """Window and one-hot a batch on the training device."""
+    image, label, window, keys = (x.to(device, non_blocking=True) for x in raw[:4])
+    targets, damaged = raw.entries
     return Batch(
-        image=windowed(raw["image"].to(device, non_blocking=True), raw["window"].to(device, non_blocking=True)),
-        mask=one_hot(spec.target(raw["label"].to(device, non_blocking=True))),
-        index=raw["keys"].to(device, non_blocking=True) // ORIENTATIONS,
-        keys=raw["keys"].numpy().copy(),
+        image=windowed(image, window),
+        mask=one_hot(spec.target(label)),
+        index=keys // ORIENTATIONS,
+        keys=raw.keys.numpy().copy(),
         targets=targets and {name: t.to(device, non_blocking=True) for name, t in targets.items()},
         damaged=damaged,
     )

@@ -1,8 +1,8 @@
-"""What a method needs of the teacher, on disk, exact for every slice and orientation.
+"""Teacher targets on disk, exact for every slice and orientation.
 
     ROOT/<fingerprint>/description.json        what the cache belongs to, for people
     ROOT/<fingerprint>/segments/<name>/        Zarr v3 group; visible once it is complete (written aside, renamed)
-    ROOT/<fingerprint>/segments/<name>/keys    (n,) int64: which sample each row is (`data.ORIENTATIONS`)
+    ROOT/<fingerprint>/segments/<name>/keys    (n,) int64: which sample each row is (see `order`)
     ROOT/<fingerprint>/segments/<name>/<target>  (n, …): one entry is one chunk, the segment is one shard
 
 Entries are written in the order in which training meets them. A segment is written whole by one process, so that any
@@ -18,8 +18,8 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from data_tools.errors import UserError
 from data_tools.location import first_line, kvstore, open_array
-from data_tools.shards import DAMAGE, SliceReader
+from data_tools.shards import DAMAGE, PendingSlice, SliceReader
 
 from .number_formats import as_tensor, decode, encode, layout, numpy_dtype
 from .shared_memory import empty_array
@@ -41,12 +41,34 @@ SEGMENT_BYTES = 64 * 2**20
 
 
 class Entries(NamedTuple):
-    """What was read for a batch."""
+    """The cached targets of a batch."""
 
     arrays: dict[str, Tensor] | None
-    """As stored (see `entries.decode`), (N, …) each, or None if any entry is missing or damaged."""
+    """As stored (see `number_formats.decode`), (N, …) each, or None if any entry is missing or damaged."""
     damaged: tuple[int, ...] = ()
     """Keys of entries that are there and can't be read."""
+
+
+@dataclass(frozen=True)
+class PendingEntries:
+    """Entries whose reads have been started, and the arrays that they are put into."""
+
+    keys: np.ndarray
+    """(N,) of the entries."""
+    reads: list[list[PendingSlice]]
+    """Of each entry, its slice of each array; nothing if it could not be started."""
+    arrays: dict[str, np.ndarray]
+    """(N, …) each."""
+    damaged: dict[int, Exception]
+    """Keys of entries that can't be read, and why."""
+
+    def fill(self, n: int) -> None:
+        """Decode entry n, or note its damage."""
+        try:
+            for read, array in zip(self.reads[n], self.arrays.values(), strict=False):
+                read.read(array[n, ...])
+        except DAMAGE as error:
+            self.damaged[int(self.keys[n])] = error
 
 
 class TeacherCache:
@@ -72,9 +94,9 @@ class TeacherCache:
         self.memory = memory
         self.idle = False
         """Nothing is read or written any more; targets are still rounded as if it were."""
-        self._forget()
+        self._reset_handles()
 
-    def _forget(self) -> None:
+    def _reset_handles(self) -> None:
         self.full = False
         self._process = os.getpid()
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": self.memory}}) if self.memory else None
@@ -92,7 +114,7 @@ class TeacherCache:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._forget()
+        self._reset_handles()
 
     def arrays(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """The arrays of an entry, with their shapes and number formats."""
@@ -122,58 +144,58 @@ class TeacherCache:
                 self._row[keys] = np.arange(len(keys))
                 self._segment[keys] = len(self._names) - 1
 
-    def start_reading(self, keys: np.ndarray) -> Callable[..., Entries]:
-        """Have the entries of samples fetched. Returns a function that gives them.
-
-        It may be given a function that does work(0) … work(n − 1), as in `data.VoxelReader.each`, to decode them.
-        """
+    def start_reading(self, keys: np.ndarray) -> PendingEntries | None:
+        """Have the entries fetched that samples with these keys need; None if they are not all there."""
         if self.idle:
-            return no_entries
+            return None
         if self._process != os.getpid():
-            self._forget()
+            self._reset_handles()
         stored = self.stored(keys)
         if (self._segment[stored] < 0).any():
             self.refresh()
         if (self._segment[stored] < 0).any():
-            return no_entries
-        places = [(self._names[s], int(r)) for s, r in zip(self._segment[stored], self._row[stored], strict=True)]
-        kinds = self.arrays()
-        takes = [[self._fetch(segment, name, row) for name in kinds] for segment, row in places]
+            return None
+        kinds, reads, damaged = self.arrays(), [], {}
+        for key in stored.tolist():
+            segment, row = self._names[self._segment[key]], int(self._row[key])
+            try:
+                reads.append([self._reader(segment, name).start(row) for name in kinds])
+            except (UserError, *DAMAGE) as error:
+                reads.append([])
+                damaged[key] = error
+        arrays = {name: empty_array((len(keys), *shape), dtype) for name, (shape, dtype) in kinds.items()}
+        return PendingEntries(stored, reads, arrays, damaged)
 
-        def result(each: Callable = in_turn) -> Entries:
-            arrays = {name: empty_array((len(keys), *shape), kind) for name, (shape, kind) in kinds.items()}
-            damaged = {}
+    def finish_reading(self, pending: PendingEntries | None) -> Entries:
+        """Entries that have been filled. Damaged ones count as missing from now on, with a warning."""
+        if pending is None:
+            return Entries(None)
+        if not pending.damaged:
+            return Entries({name: as_tensor(array) for name, array in pending.arrays.items()})
+        for key, error in sorted(pending.damaged.items()):
+            log.warning("teacher cache: entry %d: %s; it is computed again", key, first_line(error))
+        damaged = tuple(sorted(pending.damaged))
+        self.mark_missing(damaged)
+        return Entries(None, damaged)
 
-            def take(n: int) -> None:
-                try:
-                    for array, into in zip(arrays.values(), takes[n], strict=True):
-                        into(array[n, ...])
-                except DAMAGE as error:
-                    damaged[int(stored[n])] = error
+    def read(self, keys: np.ndarray) -> Entries:
+        """The entries that samples with these keys need."""
+        pending = self.start_reading(keys)
+        if pending is not None:
+            for n in range(len(keys)):
+                pending.fill(n)
+        return self.finish_reading(pending)
 
-            each(take, len(keys))
-            if not damaged:
-                return Entries({name: as_tensor(array) for name, array in arrays.items()})
-            for entry, error in sorted(damaged.items()):
-                log.warning("teacher cache: entry %d: %s; it is computed again", entry, first_line(error))
-            self.forget(list(damaged))
-            return Entries(None, tuple(sorted(damaged)))
-
-        return result
-
-    def forget(self, keys: Sequence[int]) -> None:
+    def mark_missing(self, keys: Sequence[int]) -> None:
         """Take entries for missing, until a segment is found that has them and was not known."""
         self._segment[np.asarray(keys, int)] = -1
 
-    def _fetch(self, segment: str, name: str, row: int) -> Callable[[np.ndarray], np.ndarray]:
-        """Have one array of one entry fetched."""
-        try:
-            if (segment, name) not in self._readers:
-                path = self.folder / "segments" / segment / name
-                self._readers[segment, name] = SliceReader(path, self._context)
-            return self._readers[segment, name].fetch(row)
-        except (UserError, *DAMAGE) as error:
-            return partial(_raise, ValueError(first_line(error)))
+    def _reader(self, segment: str, name: str) -> SliceReader:
+        """The reader of one array of a segment, opened once."""
+        if (segment, name) not in self._readers:
+            path = self.folder / "segments" / segment / name
+            self._readers[segment, name] = SliceReader(path, self._context)
+        return self._readers[segment, name]
 
     def add(self, keys: np.ndarray, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Keep the targets of the entries `keys`, and return them as reading them back would: rounded to the cache's
@@ -217,21 +239,6 @@ class TeacherCache:
         """How many entries can be read."""
         self.refresh()
         return int((self._segment >= 0).sum())
-
-
-def no_entries(each: Callable | None = None) -> Entries:
-    """What is read where nothing, or not all, is there."""
-    return Entries(None)
-
-
-def in_turn(work: Callable[[int], None], count: int) -> None:
-    """work(0) … work(count − 1)."""
-    for n in range(count):
-        work(n)
-
-
-def _raise(error: Exception, out: np.ndarray) -> None:
-    raise error
 
 
 def write_segment(folder: Path, keys: np.ndarray, values: Mapping[str, np.ndarray]) -> None:

@@ -8,7 +8,6 @@ from functools import partial
 from multiprocessing import forkserver
 from queue import Full, Queue
 from threading import Event, Thread
-from typing import Any
 
 import torch
 from accelerate.utils import recursively_apply
@@ -17,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from data_tools.workers import STOP_SIGNALS, end_with_parent
 
-from .batches import SliceDataset
+from .batches import RawBatch, SliceDataset
 from .order import EpochSampler
 from .shared_memory import open_outbox, packed, shared_blocks, unpacked
 
@@ -79,7 +78,7 @@ class Ahead:
     def __len__(self) -> int:
         return len(self.loader)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[RawBatch]:
         # Before the thread starts: a loader draws its seed from the global random numbers.
         batches = iter(self.loader)
         queue: Queue = Queue(maxsize=AHEAD)

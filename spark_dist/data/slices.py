@@ -14,7 +14,7 @@ from torch.utils.data import get_worker_info
 
 from data_tools.errors import UserError
 from data_tools.location import finished
-from data_tools.shards import SliceReader
+from data_tools.shards import SliceReader, damage_named
 from data_tools.store import Store
 from data_tools.workers import cores
 
@@ -83,9 +83,9 @@ class VoxelReader:
 
     def __init__(self, store: Store):
         self.path = store.path
-        self._forget()
+        self._reset_handles()
 
-    def _forget(self) -> None:
+    def _reset_handles(self) -> None:
         self._readers: dict[tuple[str, str], SliceReader] = {}
         self._threads: ThreadPoolExecutor | None = None
         self._process = os.getpid()
@@ -95,12 +95,12 @@ class VoxelReader:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.path = state["path"]
-        self._forget()
+        self._reset_handles()
 
     def slices(self, case: str, kind: str) -> SliceReader:
-        """What reads slices of the `image` or `label` of a case."""
+        """The reader of slices of the `image` or `label` of a case."""
         if self._process != os.getpid():
-            self._forget()
+            self._reset_handles()
         if (case, kind) not in self._readers:
             self._readers[case, kind] = SliceReader(self.path / "cases" / case / kind)
         return self._readers[case, kind]
@@ -119,6 +119,11 @@ class VoxelReader:
         share(0)
         for other in others:
             other.result()
+
+    def slice(self, case: str, kind: str, z: int) -> np.ndarray:
+        """One slice of a case, (H, W). Raises `UserError` naming it if it is damaged."""
+        with damage_named(f"{self.path}: {case} slice {z}"):
+            return self.slices(case, kind).start(z).read().copy()
 
     def case(self, case: str, kind: str) -> np.ndarray:
         """All voxels of a case, (Z, H, W)."""

@@ -29,10 +29,8 @@ def predictions_picture(
     for position in np.unique(np.linspace(0, len(cases) - 1, min(rows, len(cases))).astype(int)):
         case = store.cases[cases[position]]
         z = int(case.label_counts[:, TASKS[spec.task]].sum(axis=1).argmax())
-        what = f"{store.path}: {case.name} slice {z}"
-        # A copy, as what is read is good until the next slice.
-        image = reader.slices(case.name, "image").start(z, what)()[np.newaxis].copy()
-        truth = spec.target(reader.slices(case.name, "label").start(z, what)()[np.newaxis])
+        image, label = (reader.slice(case.name, kind, z)[np.newaxis] for kind in ("image", "label"))
+        truth = spec.target(label)
         predictions = {}
         for name, network in networks.items():
             predicted = probabilities(network, image, case.window, spec)[0] >= spec.threshold

@@ -41,7 +41,7 @@ class TeacherTargets:
             image, mask = (x if turns is None else turned(x, turns, back=True) for x in (batch.image, batch.mask))
             targets = self.compute(image, mask)
             if self.cache is not None:
-                self.cache.forget(batch.damaged)
+                self.cache.mark_missing(batch.damaged)
                 targets = self.cache.add(self.cache.stored(batch.keys), targets)
         if turns is None:
             return targets

@@ -48,7 +48,7 @@ def try_cache(targets: TeacherTargets, cache: TeacherCache, batch: Batch) -> Tri
     trial.flush()
 
     def read() -> dict[str, Tensor]:
-        arrays = trial.start_reading(batch.keys)().arrays
+        arrays = trial.read(batch.keys).arrays
         return decode({name: x.to(device) for name, x in arrays.items()})
 
     try:

@@ -150,8 +150,10 @@ def test_workers_give_the_same_batches(table, workers):
         for n, (a, b) in enumerate(zip(plain, loader, strict=True)):
             time.sleep(wait)
             for name in ("image", "label", "window", "keys"):
-                assert torch.equal(a[name], b[name]), (n, name)
-                assert b[name].untyped_storage().data_ptr() == loader.blocks.data_ptr(), "not handed over in a block"
+                assert torch.equal(getattr(a, name), getattr(b, name)), (n, name)
+                assert getattr(b, name).untyped_storage().data_ptr() == loader.blocks.data_ptr(), (
+                    "not handed over in a block"
+                )
             if n == end:
                 break
 
@@ -181,14 +183,14 @@ if __name__ == "__main__":
     table = slice_table(open_store(Path({str(tiny_store)!r})), "default", "train", "organ")
     dataset = SliceDataset(table, SliceSpec("organ", Crop((32, 32))))
     keys = [[0, 9, 18], [27, 36]]
-    read = [dataset.__getitems__(batch)["image"] for batch in keys]
+    read = [dataset.__getitems__(batch).image for batch in keys]
     loader = DataLoader(
         dataset, batch_sampler=keys, collate_fn=packed, timeout=60, num_workers={workers},
         persistent_workers={persistent}, multiprocessing_context={start!r},
     )
     for epoch in range(2):
         for a, b in zip(read, loader, strict=True):
-            assert torch.equal(a, b["image"])
+            assert torch.equal(a, b.image)
 """
     script = tiny_store.parent / f"{start}{persistent}{workers}.py"
     script.write_text(code)
@@ -227,7 +229,7 @@ def test_the_dataset_can_be_sent_to_a_worker_after_use(table):
     dataset = SliceDataset(table, SPEC)
     first = dataset.__getitems__([8, 17])
     again = pickle.loads(pickle.dumps(dataset)).__getitems__([8, 17])
-    assert torch.equal(first["image"], again["image"])
+    assert torch.equal(first.image, again.image)
 
 
 def test_batches_read_ahead_come_in_order_and_errors_with_them():

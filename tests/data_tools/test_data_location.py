@@ -87,7 +87,7 @@ def test_a_store_in_a_bucket_is_the_one_in_a_folder(bucket, tmp_path, capsys):
         table = slice_table(store, "default", "train", "organ")
         batches.append(SliceDataset(table, SliceSpec("organ", Crop((8, 8)))).__getitems__([0, 9, 18]))
     for kind in ("image", "label", "window"):
-        np.testing.assert_array_equal(batches[0][kind], batches[1][kind])
+        np.testing.assert_array_equal(getattr(batches[0], kind), getattr(batches[1], kind))
     capsys.readouterr()
     assert main(["preview", places[1], "--out", str(tmp_path / "look"), "--only", "case_00000"]) == 0
     assert (tmp_path / "look" / "sheets" / "case_00000.png").stat().st_size > 10_000
@@ -126,7 +126,7 @@ def test_damage_in_a_bucket_is_found(bucket, tiny_store, capsys):
     place = located(f"{bucket}/damaged.zarr")
     place.fs.put(str(tiny_store), place.path, recursive=True)
     table = slice_table(open_store(place), "default", "train", "organ")
-    assert SliceDataset(table, SliceSpec("organ", Crop((16, 16)))).__getitems__([0])["label"].any()
+    assert SliceDataset(table, SliceSpec("organ", Crop((16, 16)))).__getitems__([0]).label.any()
     shard = place / "cases" / "case_00000" / "image" / "c" / "0" / "0" / "0"
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 8

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, ZstdCodec
 
 from data_tools.errors import UserError
-from data_tools.shards import SliceReader
+from data_tools.shards import SliceReader, damage_named
 from data_tools.store import create_store, write_case
 
 FACTS = {"affine": np.eye(4).tolist(), "spacing": [1, 1, 1], "window": [0, 1], "source": {}}
@@ -22,6 +22,11 @@ def case(tmp_path):
     image, label = random.integers(-1000, 1000, (70, 16, 9), np.int16), random.integers(0, 3, (70, 16, 9), np.uint8)
     write_case(tmp_path / "s.zarr", "a", image, label, FACTS)
     return tmp_path / "s.zarr" / "cases" / "a", {"image": image, "label": label}
+
+
+def read(reader: SliceReader, z: int, name: str = "") -> np.ndarray:
+    with damage_named(name):
+        return reader.start(z).read()
 
 
 @given(
@@ -41,15 +46,15 @@ def test_slices_are_those_that_were_written(tmp_path_factory, shape, dtype, seed
         reader = SliceReader(path / "cases" / "a" / key)
         assert reader.direct
         for z in random.permutation(len(image)):
-            np.testing.assert_array_equal(reader.start(int(z), "")(), voxels[z])
+            np.testing.assert_array_equal(read(reader, int(z)), voxels[z])
 
 
 def test_reads_that_were_started_before_are_right(case):
     folder, voxels = case
     readers = {kind: SliceReader(folder / kind) for kind in voxels}
-    reads = [(kind, z, readers[kind].start(z, "")) for z in (69, 3, 64, 63) for kind in readers]
-    for kind, z, read in reads:
-        np.testing.assert_array_equal(read(), voxels[kind][z])
+    reads = [(kind, z, readers[kind].start(z)) for z in (69, 3, 64, 63) for kind in readers]
+    for kind, z, pending in reads:
+        np.testing.assert_array_equal(pending.read(), voxels[kind][z])
 
 
 @pytest.mark.parametrize("kind", ["image", "label"])
@@ -65,7 +70,7 @@ def test_no_bit_of_a_shard_can_change_unseen(case, kind):
         reader, damaged = SliceReader(folder / kind), 0
         for z in range(64, 70):
             try:
-                found = reader.start(z, f"slice {z}")()
+                found = read(reader, z, f"slice {z}")
             except UserError as error:
                 damaged += str(error).startswith(f"slice {z} is damaged")
             else:
@@ -73,7 +78,7 @@ def test_no_bit_of_a_shard_can_change_unseen(case, kind):
         # A flip in the entries of slices beyond the last one changes no slice, but the index's checksum.
         assert damaged
     shard.write_bytes(whole)
-    assert (SliceReader(folder / kind).start(69, "")() == voxels[kind][69]).all()
+    assert (read(SliceReader(folder / kind), 69) == voxels[kind][69]).all()
 
 
 @pytest.mark.parametrize("kept", [0, 10, 500, -1])
@@ -81,13 +86,13 @@ def test_a_shard_cut_short_is_damage(case, kept):
     folder, _ = case
     shard = folder / "image" / "c" / "0" / "0" / "0"
     reader = SliceReader(folder / "image")
-    reader.start(5, "slice 5")()
+    read(reader, 5)
     shard.write_bytes(shard.read_bytes()[:kept])
     if kept >= 0:  # With the index known, the last slice is still whole without the file's last byte.
         with pytest.raises(UserError, match="slice 63 is damaged"):
-            reader.start(63, "slice 63")()
+            read(reader, 63, "slice 63")
     with pytest.raises(UserError, match="slice 5 is damaged"):
-        SliceReader(folder / "image").start(5, "slice 5")()
+        read(SliceReader(folder / "image"), 5, "slice 5")
 
 
 def test_a_missing_shard_or_slice_is_damage(case):
@@ -95,10 +100,10 @@ def test_a_missing_shard_or_slice_is_damage(case):
     reader = SliceReader(folder / "image")
     with pytest.raises(UserError, match="slice 64 is damaged"):
         # The second shard has room for 64 slices, of which 6 were written.
-        reader.start(70, "slice 64")()
+        read(reader, 70, "slice 64")
     (folder / "image" / "c" / "1" / "0" / "0").unlink()
-    with pytest.raises(UserError, match=r"slice 64 is damaged .*No such file"):
-        SliceReader(folder / "image").start(64, "slice 64")
+    with pytest.raises(UserError, match=r"slice 64 is damaged .*No such file"), damage_named("slice 64"):
+        SliceReader(folder / "image").start(64)
     with pytest.raises(UserError, match="can't be opened"):
         SliceReader(folder / "nothing")
 
@@ -119,4 +124,4 @@ def test_other_layouts_are_read_too(tmp_path, layout):
     reader = SliceReader(tmp_path / "a")
     assert not reader.direct
     for z in (2, 0):
-        np.testing.assert_array_equal(reader.start(z, "")(), voxels[z])
+        np.testing.assert_array_equal(read(reader, z), voxels[z])

@@ -31,7 +31,7 @@ def filled(folder, keys=(3, 9, 10), dtype="float32", size=64):
 
 
 def read(cache, keys):
-    return cache.start_reading(np.array(keys))().arrays
+    return cache.read(np.array(keys)).arrays
 
 
 def test_entries_come_back_in_the_order_asked_for(tmp_path):
@@ -91,7 +91,7 @@ def test_damage_is_found_and_never_read(tmp_path, damage, caplog):
     else:
         shard.unlink()
     cache = TeacherCache(tmp_path, 64, SHAPES, "float32")
-    found = cache.start_reading(np.array([3, 9, 10]))()
+    found = cache.read(np.array([3, 9, 10]))
     assert found.arrays is None
     assert found.damaged == ((3,) if damage == "flip" else (3, 9, 10))
     assert "computed again" in caplog.text
@@ -232,9 +232,9 @@ def test_a_worker_hands_over_entries_in_its_blocks(tiny_store, tmp_path, dtype, 
     cache.flush()
     loader = training_loader(SliceDataset(table, SPEC, cache), EpochSampler(len(table), 5, 0, (0,)), 1)
     for batch in loader:
-        targets = batch["entries"].arrays
+        targets = batch.entries.arrays
         for name, x in decode(targets).items():
-            assert torch.equal(x, expected[name][batch["keys"] // ORIENTATIONS])
+            assert torch.equal(x, expected[name][batch.keys // ORIENTATIONS])
             assert targets[name].untyped_storage().data_ptr() == loader.blocks.data_ptr()
 
 
