@@ -15,8 +15,21 @@ ORIENTATIONS = 8
 """The dihedral group D4: orientation = quarter turns + 4 × (flipped left to right first)."""
 UPRIGHT = (0, 2, 4, 6)
 """The orientations without quarter turns, which keep the sides of a rectangle."""
-TURNS = ((0, None), (1, 0), (0, -1), (1, 1), (0, 1), (1, None), (0, 0), (1, -1))
-"""Each orientation as a transposition, or none, and then OpenCV's code of a flip (0 rows, 1 columns, −1 both)."""
+ROWS, COLUMNS = -2, -1
+"""An image's last two axes."""
+TURNS = (
+    (False, ()),
+    (True, (ROWS,)),
+    (False, (ROWS, COLUMNS)),
+    (True, (COLUMNS,)),
+    (False, (COLUMNS,)),
+    (True, ()),
+    (False, (ROWS,)),
+    (True, (ROWS, COLUMNS)),
+)
+"""Each orientation: whether the image is transposed, and which axes are then reversed."""
+FLIP_CODES = {(ROWS,): 0, (COLUMNS,): 1, (ROWS, COLUMNS): -1}
+"""OpenCV's names for the axes that are reversed."""
 
 
 @dataclass(frozen=True)
@@ -91,20 +104,28 @@ def orient(image: np.ndarray, orientation: int) -> np.ndarray:
 
     OpenCV goes through an image in blocks; a copy of NumPy's `rot90` takes ten times as long.
     """
-    transposed, flip = TURNS[orientation]
+    transposed, flipped = TURNS[orientation]
     if transposed:
         image = cv2.transpose(image)
-    return image if flip is None else cv2.flip(image, flip)
+    return cv2.flip(image, FLIP_CODES[flipped]) if flipped else image
 
 
-def turned(x: Tensor, orientations: np.ndarray, back: bool = False) -> Tensor:
-    """Samples of x (N, …, H, W), each in its orientation (see `data.orient`), or turned back from it."""
+def orient_batch(x: Tensor, orientations: np.ndarray) -> Tensor:
+    """Samples of x (N, …, H, W), each in its orientation (N,), as `orient` does it."""
 
     def turn(sample: Tensor, orientation: int) -> Tensor:
-        quarters, mirrored = orientation % 4, orientation >= 4
-        if back:
-            sample = sample.rot90(-quarters, (-2, -1))
-            return sample.flip(-1) if mirrored else sample
-        return (sample.flip(-1) if mirrored else sample).rot90(quarters, (-2, -1))
+        transposed, flipped = TURNS[orientation]
+        return (sample.mT if transposed else sample).flip(flipped)
 
-    return torch.stack([turn(sample, int(o)) for sample, o in zip(x, orientations, strict=True)])
+    return torch.stack([turn(*each) for each in zip(x, orientations, strict=True)])
+
+
+def upright_batch(x: Tensor, orientations: np.ndarray) -> Tensor:
+    """Samples of x (N, …, H, W) turned back from their orientations (N,): the inverse of `orient_batch`."""
+
+    def turn_back(sample: Tensor, orientation: int) -> Tensor:
+        transposed, flipped = TURNS[orientation]
+        sample = sample.flip(flipped)
+        return sample.mT if transposed else sample
+
+    return torch.stack([turn_back(*each) for each in zip(x, orientations, strict=True)])

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from spark_dist.data.batches import Batch
 from spark_dist.data.cache import TeacherCache
 from spark_dist.data.number_formats import decode
-from spark_dist.data.views import ORIENTATIONS, turned
+from spark_dist.data.views import ORIENTATIONS, orient_batch, upright_batch
 from spark_dist.distillers.base import Distiller
 from spark_dist.networks.base import NetworkOutput
 
@@ -38,14 +38,16 @@ class TeacherTargets:
         else:
             self.forwards += len(batch.keys)
             self.damaged += len(batch.damaged)
-            image, mask = (x if turns is None else turned(x, turns, back=True) for x in (batch.image, batch.mask))
+            image, mask = batch.image, batch.mask
+            if turns is not None:
+                image, mask = upright_batch(image, turns), upright_batch(mask, turns)
             targets = self.compute(image, mask)
             if self.cache is not None:
                 self.cache.mark_missing(batch.damaged)
                 targets = self.cache.add(self.cache.stored(batch.keys), targets)
         if turns is None:
             return targets
-        return {name: turned(x, turns) if x.ndim > 2 else x for name, x in targets.items()}
+        return {name: orient_batch(x, turns) if x.ndim > 2 else x for name, x in targets.items()}
 
     @torch.no_grad()
     def compute(self, image: Tensor, mask: Tensor) -> dict[str, Tensor]:

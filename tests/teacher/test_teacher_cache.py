@@ -12,7 +12,7 @@ from spark_dist.data.loader import training_loader
 from spark_dist.data.number_formats import DTYPES, ROUNDING, as_tensor, decode, encode, entry_bytes, layout
 from spark_dist.data.order import EpochSampler
 from spark_dist.data.slices import slice_table
-from spark_dist.data.views import ORIENTATIONS, Crop, SliceSpec, turned
+from spark_dist.data.views import ORIENTATIONS, Crop, SliceSpec, orient_batch, upright_batch
 from spark_dist.distillers import DISTILLERS, build_distiller
 from spark_dist.networks import build_network
 from spark_dist.teacher.fingerprint import open_cache, probe_targets, weights_hash
@@ -182,15 +182,15 @@ def make_confident(teacher, table):
         teacher.head.weight *= 10
 
 
-def test_turned_is_what_a_batch_is_turned_by_and_back(tiny_store):
+def test_batches_are_turned_on_the_device_as_slices_are_and_back(tiny_store):
     table = slice_table(open_store(tiny_store), "default", "train", "organ")
     turns = np.arange(8)
     upright, oriented = (
         to_device(SliceDataset(table, SPEC).__getitems__(3 * ORIENTATIONS + o), SPEC, torch.device("cpu"))
         for o in (turns * 0, turns)
     )
-    assert torch.equal(turned(upright.image, turns), oriented.image)
-    assert torch.equal(turned(oriented.mask, turns, back=True), upright.mask)
+    assert torch.equal(orient_batch(upright.image, turns), oriented.image)
+    assert torch.equal(upright_batch(oriented.mask, turns), upright.mask)
 
 
 def test_canonical_targets_are_those_of_the_upright_slice_turned(tiny_store, tmp_path):
@@ -215,7 +215,7 @@ def test_canonical_targets_are_those_of_the_upright_slice_turned(tiny_store, tmp
     second = targets(batch(np.array([1, 3, 4, 6]), cache))
     assert (targets.forwards, targets.hits) == (4, 4)
     for name, x in upright.items():
-        expected = turned(x, np.array([1, 3, 4, 6])) if x.ndim > 2 else x
+        expected = orient_batch(x, np.array([1, 3, 4, 6])) if x.ndim > 2 else x
         torch.testing.assert_close(first[name], expected, rtol=1e-4, atol=1e-5)
         assert torch.equal(first[name], second[name])
 
