@@ -27,10 +27,10 @@ from data_tools.progress import console, progress_bar
 from data_tools.report import folder_size
 from data_tools.store import open_store
 from spark_dist.data.batches import SliceDataset, to_device
-from spark_dist.data.loader import Ahead
+from spark_dist.data.loader import Prefetcher
 from spark_dist.data.number_formats import ROUNDING, as_tensor, decode, encode
 from spark_dist.data.order import visited
-from spark_dist.data.shared_memory import packed
+from spark_dist.data.shared_memory import pack
 from spark_dist.teacher.targets import TeacherTargets
 from spark_dist.training.checks import check, check_network
 from spark_dist.training.distributed import make_accelerator, shut_down
@@ -111,7 +111,7 @@ def fill(job: Job, targets: TeacherTargets) -> None:
     accelerator.wait_for_everyone()
     job.say(f"teacher cache {cache.folder}: {int((~cache.missing(keys)).sum())} of {len(keys)} entries there")
     dataset = SliceDataset(job.table, o.slice_spec)
-    loader = Ahead(DataLoader(dataset, batch_sampler=mine, collate_fn=packed))
+    loader = Prefetcher(DataLoader(dataset, batch_sampler=mine, collate_fn=pack))
     flushed = time.monotonic()
     with progress_bar("teacher cache", len(mine), 0, accelerator.is_main_process) as advance:
         for raw in loader:

@@ -1,5 +1,6 @@
 """Batches read ahead, in workers and in a thread."""
 
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -18,13 +19,15 @@ from data_tools.workers import STOP_SIGNALS, end_with_parent
 
 from .batches import RawBatch, SliceDataset
 from .order import EpochSampler
-from .shared_memory import open_outbox, packed, shared_blocks, unpacked
+from .shared_memory import open_ring, pack, shared_blocks, unpack
 
-PREFETCHED, AHEAD = 2, 2
-"""Batches that are asked of each worker beforehand, and that wait in the training process."""
+PREFETCH_FACTOR = 2
+"""Batches that are asked of each worker beforehand."""
+QUEUE_SIZE = 2
+"""Batches that wait in the training process."""
 
 
-def training_loader(dataset: SliceDataset, sampler: EpochSampler, workers: int) -> "Ahead":
+def training_loader(dataset: SliceDataset, sampler: EpochSampler, workers: int) -> "Prefetcher":
     """Batches in the sampler's order, read ahead. Workers are started fresh, never forked (see `VoxelReader`).
 
     A batch is good until the next one is taken. Signals to stop are for the training process: what starts the workers
@@ -32,7 +35,7 @@ def training_loader(dataset: SliceDataset, sampler: EpochSampler, workers: int) 
     """
     blocks = None
     if workers:
-        blocks = shared_blocks(workers, blocks_in_use(workers), dataset.batch_bytes(sampler.largest))
+        blocks = shared_blocks(workers, blocks_per_worker(workers), dataset.batch_bytes(sampler.largest_share))
         # Imported once for all workers; this starts no threads.
         forkserver.set_forkserver_preload(["spark_dist.data.batches"])
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -41,29 +44,31 @@ def training_loader(dataset: SliceDataset, sampler: EpochSampler, workers: int) 
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=packed,
+        collate_fn=pack,
         num_workers=workers,
-        prefetch_factor=PREFETCHED if workers else None,
+        prefetch_factor=PREFETCH_FACTOR if workers else None,
         persistent_workers=workers > 0,
         multiprocessing_context="forkserver" if workers else None,
         worker_init_fn=partial(start_worker, blocks=blocks),
     )
-    return Ahead(loader, blocks)
+    return Prefetcher(loader, blocks)
 
 
-def blocks_in_use(workers: int) -> int:
-    """The most of one worker's batches that are wanted at a time: those asked of it beforehand, and its share (workers
-    take turns) of those that wait, of one that has just arrived and of one that is computed on."""
-    return PREFETCHED + -(-(AHEAD + 2) // workers)
+def blocks_per_worker(workers: int) -> int:
+    """How many blocks a worker needs so that none is filled anew while its batch is still wanted."""
+    in_worker = PREFETCH_FACTOR
+    in_training_process = QUEUE_SIZE + 2  # besides those in the queue, one that is to go there and one in use
+    # Workers take turns, so that each has made an even share of the latter.
+    return in_worker + math.ceil(in_training_process / workers)
 
 
 def start_worker(worker: int, blocks: Tensor) -> None:
-    """What a loader's worker does first."""
+    """Prepare this process to be a loader's worker."""
     end_with_parent()
-    open_outbox(worker, blocks)
+    open_ring(worker, blocks)
 
 
-class Ahead:
+class Prefetcher:
     """A loader whose next batches are read by a thread while the one before is computed on.
 
     What comes out is pinned where there is a GPU.
@@ -81,7 +86,7 @@ class Ahead:
     def __iter__(self) -> Iterator[RawBatch]:
         # Before the thread starts: a loader draws its seed from the global random numbers.
         batches = iter(self.loader)
-        queue: Queue = Queue(maxsize=AHEAD)
+        queue: Queue = Queue(maxsize=QUEUE_SIZE)
         left = Event()
         gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
 
@@ -89,8 +94,8 @@ class Ahead:
             try:
                 if gpu is not None:
                     torch.cuda.set_device(gpu)  # a thread's own setting
-                for parcel in batches:
-                    batch = unpacked(parcel, self.blocks)
+                for packed in batches:
+                    batch = unpack(packed, self.blocks)
                     if gpu is not None:
                         batch = recursively_apply(Tensor.pin_memory, batch)
                     if put((batch, None)):

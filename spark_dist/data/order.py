@@ -72,7 +72,7 @@ class EpochSampler:
         self.start = 0
 
     @property
-    def largest(self) -> int:
+    def largest_share(self) -> int:
         """The most slices that this process has at a time."""
         part = math.ceil(math.ceil(self.n / self.steps) / self.accumulate)
         return math.ceil(part / self.world)

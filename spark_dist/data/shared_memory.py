@@ -2,8 +2,8 @@
 
 Torch sends each tensor of a worker in new shared memory, whose pages the system has to clear, and its handle through a
 socket: with two workers on two cores that took half as long as everything else (`benchmarks/store.py`). Here the
-training process lays out some blocks for each worker once; a worker fills them in turn and sends only where in a block
-its arrays lie.
+training process lays out some blocks for each worker once, a ring; the worker fills them in turn and sends only where
+in a block the tensors lie.
 """
 
 import math
@@ -22,8 +22,8 @@ from data_tools.report import bytes_text
 ALIGNMENT = 64
 """Bytes. Where an array begins is a multiple of it."""
 
-_outbox: "Outbox | None" = None
-"""This process's, if it is a worker."""
+_ring: "SharedMemoryRing | None" = None
+"""The ring that this process fills, if it is a worker."""
 
 
 def shared_blocks(workers: int, number: int, size: int) -> Tensor:
@@ -46,75 +46,80 @@ def aligned(size: int) -> int:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where in a block a tensor lies."""
+class TensorLocation:
+    """Stands for a tensor that lies in a block."""
 
     offset: int
+    """Bytes from the block's start."""
     shape: torch.Size
     dtype: torch.dtype
 
 
 @dataclass(frozen=True)
-class Parcel:
-    """A batch, with places instead of its tensors."""
+class PackedBatch:
+    """A batch on its way from a worker: with locations instead of the tensors that lie in one of its blocks."""
 
     worker: int
     block: int
     batch: Any
 
 
-class Outbox:
-    """A worker's blocks (number, size), taken in turn."""
+class SharedMemoryRing:
+    """A worker's blocks (number, size), each filled with one batch, in turn."""
 
     def __init__(self, worker: int, blocks: Tensor):
-        self.worker, self.blocks, self.turn, self.used = worker, blocks, 0, 0
+        self.worker, self.blocks = worker, blocks
+        self.turn = 0
+        """The block that is filled now."""
+        self.used = 0
+        """Bytes of it that are taken."""
 
-    def array(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """Room in the block whose turn it is; a new array if that is full."""
+    def empty_array(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """An array in the block whose turn it is; elsewhere if that is full."""
         begin, size = self.used, math.prod(shape) * dtype.itemsize
         if begin + size > self.blocks.shape[1]:
             return np.empty(shape, dtype)
         self.used += aligned(size)
         return self.blocks[self.turn, begin : begin + size].numpy().view(dtype).reshape(shape)
 
-    def pack(self, batch: Any) -> Parcel:
-        """What is to be sent of a batch; the next one goes into the next block."""
+    def pack(self, batch: Any) -> PackedBatch:
+        """The batch as it is sent; the next one goes into the next block."""
         block, turn = self.blocks[self.turn], self.turn
 
-        def place(tensor: Tensor) -> Place | Tensor:
+        def locate(tensor: Tensor) -> TensorLocation | Tensor:
             offset = tensor.data_ptr() - block.data_ptr()
             inside = 0 <= offset < len(block) and tensor.is_contiguous()
-            return Place(offset, tensor.shape, tensor.dtype) if inside else tensor
+            return TensorLocation(offset, tensor.shape, tensor.dtype) if inside else tensor
 
         self.turn, self.used = (turn + 1) % len(self.blocks), 0
-        return Parcel(self.worker, turn, recursively_apply(place, batch))
+        return PackedBatch(self.worker, turn, recursively_apply(locate, batch))
 
 
-def open_outbox(worker: int, blocks: Tensor) -> None:
-    """Make this process one that fills its share of blocks (workers, number, size)."""
-    global _outbox
-    _outbox = Outbox(worker, blocks[worker])
+def open_ring(worker: int, blocks: Tensor) -> None:
+    """Make this process the worker that fills its share of blocks (workers, number, size)."""
+    global _ring
+    _ring = SharedMemoryRing(worker, blocks[worker])
 
 
 def empty_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array to be filled for a batch; in a worker with an outbox it lies there."""
+    """An array to be filled for a batch; in a worker with a ring it lies there."""
     dtype = np.dtype(dtype)
-    return np.empty(shape, dtype) if _outbox is None else _outbox.array(shape, dtype)
+    return np.empty(shape, dtype) if _ring is None else _ring.empty_array(shape, dtype)
 
 
-def packed(batch: Any) -> Any:
+def pack(batch: Any) -> Any:
     """A loader's `collate_fn` for a dataset that makes whole batches."""
-    return batch if _outbox is None else _outbox.pack(batch)
+    return batch if _ring is None else _ring.pack(batch)
 
 
-def unpacked(parcel: Any, blocks: Tensor | None) -> Any:
-    """The batch of a parcel, whose tensors are views of the blocks; anything else as it is."""
-    if not isinstance(parcel, Parcel):
-        return parcel
-    block = blocks[parcel.worker, parcel.block]
+def unpack(packed: Any, blocks: Tensor | None) -> Any:
+    """The batch that a worker packed, its tensors views of the blocks; anything else as it is."""
+    if not isinstance(packed, PackedBatch):
+        return packed
+    block = blocks[packed.worker, packed.block]
 
-    def view(place: Place) -> Tensor:
-        size = place.shape.numel() * place.dtype.itemsize
-        return block[place.offset : place.offset + size].view(place.dtype).view(place.shape)
+    def view(location: TensorLocation) -> Tensor:
+        size = location.shape.numel() * location.dtype.itemsize
+        return block[location.offset : location.offset + size].view(location.dtype).view(location.shape)
 
-    return recursively_apply(view, parcel.batch, test_type=lambda x: isinstance(x, Place))
+    return recursively_apply(view, packed.batch, test_type=lambda x: isinstance(x, TensorLocation))

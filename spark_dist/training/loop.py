@@ -16,7 +16,7 @@ from data_tools.errors import Interrupted, UserError
 from data_tools.progress import console, progress_bar
 from spark_dist.config import TrainingOptions
 from spark_dist.data.batches import Batch, to_device
-from spark_dist.data.loader import Ahead
+from spark_dist.data.loader import Prefetcher
 from spark_dist.data.order import EpochSampler
 from spark_dist.data.slices import SliceTable
 from spark_dist.data.views import ORIENTATIONS
@@ -32,7 +32,7 @@ def fit(
     accelerator: Accelerator,
     distillation: Distillation,
     teacher: TeacherTargets,
-    loader: Ahead,
+    loader: Prefetcher,
     validate: Callable[[torch.nn.Module], dict[str, float]],
     options: TrainingOptions,
     epochs: int,

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from data_tools.errors import UserError
 from data_tools.store import open_store, write_split
 from spark_dist.data.batches import SliceDataset, to_device
-from spark_dist.data.loader import Ahead, blocks_in_use, training_loader
+from spark_dist.data.loader import Prefetcher, blocks_per_worker, training_loader
 from spark_dist.data.order import EpochSampler
 from spark_dist.data.slices import slice_table
 from spark_dist.data.views import ORIENTATIONS, UPRIGHT, Crop, SliceSpec, orient
@@ -145,7 +145,7 @@ def test_workers_give_the_same_batches(table, workers):
     sampler = EpochSampler(len(table), 1, 0, range(8))
     plain = [dataset.__getitems__(keys) for keys in sampler]
     loader = training_loader(dataset, sampler, workers)
-    assert len(plain) > workers * blocks_in_use(workers)
+    assert len(plain) > workers * blocks_per_worker(workers)
     for wait, end in ((0.02, len(plain)), (0, 9), (0, len(plain))):
         for n, (a, b) in enumerate(zip(plain, loader, strict=True)):
             time.sleep(wait)
@@ -174,7 +174,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 from data_tools.store import open_store
-from spark_dist.data.shared_memory import packed
+from spark_dist.data.shared_memory import pack
 from spark_dist.data.views import Crop, SliceSpec
 from spark_dist.data.batches import SliceDataset
 from spark_dist.data.slices import slice_table
@@ -185,7 +185,7 @@ if __name__ == "__main__":
     keys = [[0, 9, 18], [27, 36]]
     read = [dataset.__getitems__(batch).image for batch in keys]
     loader = DataLoader(
-        dataset, batch_sampler=keys, collate_fn=packed, timeout=60, num_workers={workers},
+        dataset, batch_sampler=keys, collate_fn=pack, timeout=60, num_workers={workers},
         persistent_workers={persistent}, multiprocessing_context={start!r},
     )
     for epoch in range(2):
@@ -243,13 +243,13 @@ def test_batches_read_ahead_come_in_order_and_errors_with_them():
                 time.sleep(0.02)
                 yield item
 
-    ahead = Ahead(Loader(range(5)))
+    ahead = Prefetcher(Loader(range(5)))
     assert list(ahead) == list(ahead) == [0, 1, 2, 3, 4]
     assert 0 < ahead.waited < 10
     before = threading.active_count()
-    for item in Ahead(Loader(range(100))):
+    for item in Prefetcher(Loader(range(100))):
         if item == 3:
             break
     with pytest.raises(UserError, match="this slice"):
-        list(Ahead(Loader([1, UserError("this slice")])))
+        list(Prefetcher(Loader([1, UserError("this slice")])))
     assert threading.active_count() == before
