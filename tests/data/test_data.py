@@ -131,7 +131,7 @@ def test_an_epoch_can_be_entered_in_the_middle():
 
 
 def test_too_many_processes_for_a_batch_is_refused():
-    with pytest.raises(UserError, match="batch_size"):
+    with pytest.raises(UserError, match="--batch-size"):
         EpochSampler(5, 2, 0, (0,), 0, 3)
 
 
