@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools.errors import UserError
-from data_tools.store import open_store, write_split
+from data_tools.store import open_store, write_case, write_split
 from spark_dist.data.batches import SliceDataset, to_device
 from spark_dist.data.loader import Prefetcher, blocks_per_worker, training_loader
 from spark_dist.data.order import EpochSampler
@@ -218,9 +218,14 @@ def test_a_damaged_chunk_names_case_and_slice(tiny_store, tmp_path):
 def test_a_part_without_the_target_is_refused(tiny_store, tmp_path):
     copy = tmp_path / "copy.zarr"
     shutil.copytree(tiny_store, copy)
-    write_split(copy, "empty", {"train": [], "val": ["case_00001"], "test": ["case_00002"], "seed": 0})
-    with pytest.raises(UserError, match="train part of split 'empty' has no slice with tumour"):
-        slice_table(open_store(copy), "empty", "train", "tumour")
+    organ = np.ones((3, 8, 8), np.uint8)
+    facts = {"affine": np.eye(4).tolist(), "spacing": [1, 1, 1], "window": [0, 1], "source": {}}
+    write_case(copy, "healthy", organ.astype(np.int16), organ, facts)
+    write_split(copy, "other", {"train": ["healthy"], "val": [], "test": ["case_00002"], "seed": 0})
+    with pytest.raises(UserError, match="train part of split 'other' has no slice with tumour"):
+        slice_table(open_store(copy), "other", "train", "tumour")
+    with pytest.raises(UserError, match="val part of split 'other' has no case"):
+        slice_table(open_store(copy), "other", "val", "tumour")
     with pytest.raises(UserError, match="did you mean default"):
         slice_table(open_store(copy), "defalt", "train", "organ")
 
