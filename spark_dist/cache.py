@@ -90,8 +90,8 @@ def targets_of(job: Job) -> TeacherTargets:
     """The teacher of the options, and its cache."""
     o = job.options
     student = check_network(o, o.student, o.student_width)
-    targets, description = frozen_teacher(job, o.teacher_checkpoint, student.taps)
-    targets.cache = matching_cache(job, targets, description)
+    targets, card = frozen_teacher(job, o.teacher_checkpoint, student.taps)
+    targets.cache = matching_cache(job, targets, card)
     return targets
 
 

@@ -5,6 +5,7 @@ if __name__ == "__main__":
 
     module_main("spark_dist.distill")
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from spark_dist.training.distillation import Distillation
 from spark_dist.training.frozen_teacher import distiller_between, frozen_teacher, matching_cache, only_generation, weigh
 from spark_dist.training.job import Job, open_job, tracked
 from spark_dist.training.live import Beside
-from spark_dist.training.stage import Teaching, build, describe, stage_tags, train_stage, untaught
+from spark_dist.training.stage import Teaching, build, model_card, stage_tags, train_stage, untaught
 from spark_dist.training.validation import evaluate_on_test
 
 from .config import DistillOptions
@@ -65,8 +66,8 @@ def train_together(job: Job) -> None:
     """Teacher and student at every step, the teacher on the truth alone."""
     o = job.options
     teacher = build(job, o.teacher, o.teacher_width, o.teacher_pretrained)
-    folder, description = job.folder / "teacher", describe(o, o.teacher, o.teacher_width, "none")
-    tags = stage_tags("teacher", description, teacher)
+    folder, card = job.folder / "teacher", model_card(job, o.teacher, o.teacher_width, "none")
+    tags = stage_tags("teacher", card, teacher)
     with tracked(job.accelerator, o, f"teacher {o.teacher}", folder, tags, job.tracker) as tracker:
 
         def taught(student: nn.Module) -> tuple[Distillation, TeacherTargets]:
@@ -74,7 +75,7 @@ def train_together(job: Job) -> None:
             return Distillation(student, distiller, teacher), TeacherTargets(None, distiller, None, None)
 
         best = folder / "best.safetensors"
-        train_student(job, taught, teacher=best, beside=Beside(teacher, folder, description, tracker))
+        train_student(job, taught, teacher=best, beside=Beside(teacher, folder, card, tracker))
         if not (folder / "test_cases.json").exists():
             tracker.artifact(best)
             evaluate_on_test(job, "teacher", best, folder, tracker)
@@ -92,10 +93,9 @@ def given_teacher(job: Job) -> Path:
     path, folder = job.options.teacher_checkpoint, job.folder / "teacher"
     if not (folder / "test_cases.json").exists():
         network, found = load_network(path)
-        description = describe(job.options, found["network"], found["width"], found["method"])
-        description["seed"] = found["seed"]
-        tags = stage_tags("teacher", description, network)
-        name = f"teacher {found['network']}"
+        card = replace(model_card(job, found.network, found.width, found.method), seed=found.seed)
+        tags = stage_tags("teacher", card, network)
+        name = f"teacher {found.network}"
         with tracked(job.accelerator, job.options, name, folder, tags, job.tracker) as tracker:
             evaluate_on_test(job, "teacher", path, folder, tracker)
     return path
@@ -104,9 +104,9 @@ def given_teacher(job: Job) -> Path:
 def teach(job: Job, student: nn.Module, checkpoint: Path, epochs: range) -> tuple[Distillation, TeacherTargets]:
     """A student with the distiller between it and a teacher's checkpoint, and the source of its targets in `epochs`."""
     o = job.options
-    targets, description = frozen_teacher(job, checkpoint, student.taps)
+    targets, card = frozen_teacher(job, checkpoint, student.taps)
     if o.cache != "off":
-        cache = matching_cache(job, targets, description)
+        cache = matching_cache(job, targets, card)
         weigh(job, targets, cache, epochs)
         targets.cache = cache
         if o.rounds > 1:

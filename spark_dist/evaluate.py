@@ -15,7 +15,6 @@ from rich.table import Table
 from data_tools.progress import console
 from data_tools.store import open_store
 from spark_dist.data.slices import part_of_split
-from spark_dist.data.views import SliceSpec
 from spark_dist.evaluation.cases import evaluate_cases, format_summaries, summaries
 from spark_dist.evaluation.metrics import write_cases
 from spark_dist.networks.checkpoint import load_network
@@ -48,9 +47,8 @@ OPTIONS = EvaluateOptions
 
 def run(options: EvaluateOptions) -> None:
     """Print a table of the cases' figures, and write them if asked to."""
-    network, description = load_network(Path(options.checkpoint))
-    spec = SliceSpec.from_dict(description)
-    spec = replace(spec, task=options.task or spec.task, threshold=options.threshold or spec.threshold)
+    network, card = load_network(Path(options.checkpoint))
+    spec = replace(card.spec, task=options.task or card.spec.task, threshold=options.threshold or card.spec.threshold)
     store = open_store(options.dataset)
     names = part_of_split(store, options.split, options.part)
     accelerator = make_accelerator()

@@ -15,7 +15,6 @@ from data_tools.errors import UserError
 from data_tools.progress import console
 from data_tools.store import open_store
 from spark_dist.data.slices import part_of_split
-from spark_dist.data.views import SliceSpec
 from spark_dist.evaluation.figures import FORMATS
 from spark_dist.evaluation.pictures import predictions_picture
 from spark_dist.networks.checkpoint import load_network
@@ -56,9 +55,9 @@ def run(options: PictureOptions) -> None:
     networks, specs = {}, []
     for item in options.checkpoints:
         name, path = item.split("=", 1) if "=" in item else (Path(item).parent.name, item)
-        network, description = load_network(Path(path))
+        network, card = load_network(Path(path))
         networks[name] = network.to(device)
-        specs.append(SliceSpec.from_dict(description))
+        specs.append(card.spec)
     if any(spec != specs[0] for spec in specs):
         raise UserError("the checkpoints differ in task, crop or threshold; draw them in separate pictures")
     store = open_store(options.dataset)

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from data_tools.store import create_store, write_case, write_split
+from spark_dist.data.views import Crop, SliceSpec
+from spark_dist.networks.checkpoint import ModelCard
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("SPARK_DIST_SHARED", ROOT.parent / "shared"))
@@ -119,6 +121,13 @@ def keep_signals():
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+
+
+def model_card(**facts) -> ModelCard:
+    """The card of a network that was trained on the tiny store."""
+    usual = {"network": "enet", "width": 0.25, "seed": 0, "dataset": "tiny", "split": "default"}
+    usual |= {"spec": SliceSpec("organ", Crop((32, 32)))}
+    return ModelCard(**usual | facts)
 
 
 def free_port() -> int:

@@ -1,12 +1,12 @@
 """How a slice is seen: its target, its crop and its orientation."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, TypeVar
 
 import cv2
 import numpy as np
 import torch
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from data_tools.store import TASKS
@@ -39,7 +39,7 @@ class Crop:
     Where it reaches beyond the slice, it is filled with the intensity that maps to −1 and with background.
     """
 
-    size: tuple[int, int]
+    size: tuple[PositiveInt, PositiveInt]
     shift: tuple[int, int] = (0, 0)
 
     def overlap(self, plane: tuple[int, int]) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
@@ -77,22 +77,8 @@ class SliceSpec:
     task: str
     """A key of `TASKS`."""
     crop: Crop
-    threshold: float = 0.5
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Probability from which a voxel is predicted as the target."""
-
-    @classmethod
-    def from_dict(cls, facts: Mapping[str, Any]) -> "SliceSpec":
-        """The spec in what is saved beside a network's weights (see `to_dict`)."""
-        return cls(facts["task"], Crop(tuple(facts["crop"]), tuple(facts["crop_shift"])), facts["threshold"])
-
-    def to_dict(self) -> dict[str, Any]:
-        """The spec as JSON can hold it."""
-        return {
-            "task": self.task,
-            "crop": self.crop.size,
-            "crop_shift": self.crop.shift,
-            "threshold": self.threshold,
-        }
 
     def target(self, label: Voxels) -> Voxels:
         """Which voxels of stored labels (…) are the target, (…) bool."""

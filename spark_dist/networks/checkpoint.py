@@ -2,25 +2,59 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from data_tools.errors import UserError
+from data_tools.errors import UserError, unknown_name
 from data_tools.files import write_atomically
+from data_tools.store import TASKS
+from spark_dist.data.views import SliceSpec
 
-from . import build_network
+from . import NETWORKS, build_network
 
 FORMAT = "spark-dist network"
 
 
-def save_network(path: Path, network: nn.Module, description: Mapping[str, Any]) -> None:
-    """Weights of a network, with what is needed to build it again: at least `network` and `width`."""
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """The facts saved beside a network's weights: what builds it again, what it was trained for and on, how well."""
+
+    network: str
+    """Name in `NETWORKS`."""
+    width: PositiveFloat
+    """Factor on the network's number of filters."""
+    classes: PositiveInt = 2
+    in_channels: PositiveInt = 1
+    method: str = "none"
+    """The distillation method that it was taught by."""
+    seed: NonNegativeInt
+    dataset: str
+    """Name of the slice store."""
+    store: str = ""
+    """The store's fingerprint."""
+    split: str
+    cases: str = ""
+    """A fingerprint of the training cases."""
+    spec: SliceSpec
+    """How it sees slices."""
+    epoch: int | None = None
+    """Epochs that the weights were trained for."""
+    val_dice: float | None = None
+    """Mean Dice over the val cases."""
+
+
+_CARDS = TypeAdapter(ModelCard)
+
+
+def save_network(path: Path, network: nn.Module, card: ModelCard) -> None:
+    """Weights of a network and its card, as one .safetensors file."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()}
-    metadata = {"format": FORMAT, "description": json.dumps(dict(description))}
+    metadata = {"format": FORMAT, "description": _CARDS.dump_json(card).decode()}
 
     def write(aside: Path) -> None:
         try:
@@ -31,26 +65,57 @@ def save_network(path: Path, network: nn.Module, description: Mapping[str, Any])
     write_atomically(path, write)
 
 
-def load_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """A saved network and its description.
+def load_network(path: Path) -> tuple[nn.Module, ModelCard]:
+    """A saved network and its card.
 
     Raises `UserError` if the file is missing, damaged or not one of this program's, or holds another network.
     """
-    path = Path(path)
+    card, tensors = _read(Path(path), weights=True)
+    network = build_network(card.network, card.in_channels, card.classes, card.width)
+    load_weights(network, tensors, f"{path} ({card.network}, width {card.width:g})")
+    return network, card
+
+
+def load_card(path: Path) -> ModelCard:
+    """The card of a saved network. Raises `UserError` as `load_network` does."""
+    return _read(Path(path), weights=False)[0]
+
+
+def _read(path: Path, weights: bool) -> tuple[ModelCard, dict[str, Tensor]]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; give the best.safetensors of a training job")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys() if weights}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a whole .safetensors file ({error}); copy it again or train again") from None
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path}: not a network saved by spark-dist (its metadata lack the format '{FORMAT}')")
-    description = json.loads(metadata["description"])
-    network = build_network(description["network"], width=description["width"])
-    load_weights(network, tensors, f"{path} ({description['network']}, width {description['width']:g})")
-    return network, description
+    try:
+        return _parse_card(metadata.get("description", "")), tensors
+    except ValueError as error:
+        raise UserError(
+            f"{path}: the model card is damaged or edited ({error}); copy it again or train again"
+        ) from None
+
+
+def _parse_card(text: str) -> ModelCard:
+    """A card from its JSON. Raises `ValueError` that names the first wrong field."""
+    facts = json.loads(text)
+    if isinstance(facts, dict) and "spec" not in facts:  # cards were flat once
+        facts["spec"] = {key: facts[key] for key in ("task", "threshold") if key in facts}
+        facts["spec"]["crop"] = {"size": facts.get("crop"), "shift": facts.get("crop_shift")}
+    try:
+        card = _CARDS.validate_python(facts)  # what other versions know besides is no harm
+    except ValidationError as error:
+        first = error.errors()[0]
+        found = "" if first["type"] == "missing" else f", not {first['input']!r:.60}"
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}{found}".removeprefix(": ")) from None
+    for field, value, known in (("network", card.network, NETWORKS), ("spec.task", card.spec.task, TASKS)):
+        if value not in known:
+            raise ValueError(f"{field}: {unknown_name(field, value, known)}")
+    return card
 
 
 def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:

@@ -10,7 +10,7 @@ from spark_dist.config import DistillOptions, TrainingOptions
 from spark_dist.data.order import EpochSampler
 from spark_dist.distillers import DISTILLERS, build_distiller
 from spark_dist.networks import build_network
-from spark_dist.networks.checkpoint import load_network
+from spark_dist.networks.checkpoint import load_card
 
 
 def check_network(options: TrainingOptions, name: str, width: float) -> nn.Module:
@@ -76,10 +76,10 @@ def check(options: DistillOptions) -> None:
             f"×{options.teacher_width:g}, --student {options.student} ×{options.student_width:g}"
         )
     if path := options.teacher_checkpoint:
-        found = load_network(path)[1]
-        for option, key in (("teacher", "network"), ("task", "task")):
-            if getattr(options, option) != found[key]:
+        card = load_card(path)
+        for option, found in (("teacher", card.network), ("task", card.spec.task)):
+            if getattr(options, option) != found:
                 raise UserError(
-                    f"{path}: holds a {found['network']} for task {found['task']}, "
+                    f"{path}: holds a {card.network} for task {card.spec.task}, "
                     f"but --{option} says {getattr(options, option)}"
                 )

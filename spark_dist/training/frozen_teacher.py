@@ -18,7 +18,7 @@ from spark_dist.data.views import ORIENTATIONS
 from spark_dist.distillers import build_distiller
 from spark_dist.distillers.base import Distiller
 from spark_dist.networks.base import Taps
-from spark_dist.networks.checkpoint import load_network
+from spark_dist.networks.checkpoint import ModelCard, load_network
 from spark_dist.teacher.fingerprint import open_cache, probe_targets, weights_hash
 from spark_dist.teacher.targets import TeacherTargets
 from spark_dist.teacher.trial import try_cache
@@ -32,11 +32,11 @@ def distiller_between(job: Job, student: Taps, teacher: Taps) -> Distiller:
     return build_distiller(o.method, student=student, teacher=teacher, samples=len(job.table), **o.weights)
 
 
-def frozen_teacher(job: Job, checkpoint: Path, student: Taps) -> tuple[TeacherTargets, dict[str, Any]]:
-    """What a saved teacher says to a student with these taps, without a cache, and the teacher's description."""
-    teacher, description = load_network(checkpoint)
+def frozen_teacher(job: Job, checkpoint: Path, student: Taps) -> tuple[TeacherTargets, ModelCard]:
+    """What a saved teacher says to a student with these taps, without a cache, and the teacher's card."""
+    teacher, card = load_network(checkpoint)
     distiller = distiller_between(job, student, teacher.taps)
-    return TeacherTargets(teacher.to(job.accelerator.device), distiller, None, job.accelerator.autocast), description
+    return TeacherTargets(teacher.to(job.accelerator.device), distiller, None, job.accelerator.autocast), card
 
 
 def only_generation(job: Job, folder: Path) -> None:
@@ -61,13 +61,13 @@ def kin(folder: Path) -> dict[str, Any] | None:
     return facts and {key: value for key, value in facts.items() if key != "teacher_weights"}
 
 
-def matching_cache(job: Job, targets: TeacherTargets, facts: dict[str, Any]) -> TeacherCache:
-    """The cache of this teacher, method, crop and data; `facts` describe the teacher."""
+def matching_cache(job: Job, targets: TeacherTargets, card: ModelCard) -> TeacherCache:
+    """The cache of this teacher, method, crop and data; `card` is the teacher's."""
     o, crop = job.options, job.options.slice_spec.crop
     probe, shapes = probe_targets(targets.distiller, targets.teacher.taps, crop.size)
     description = {
-        "teacher": facts["network"],
-        "teacher_width": facts["width"],
+        "teacher": card.network,
+        "teacher_width": card.width,
         "teacher_weights": weights_hash(targets.teacher),
         "method": o.method,
         "method_probe": probe,

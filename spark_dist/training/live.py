@@ -1,13 +1,12 @@
 """A teacher that is trained along with its student."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from spark_dist.networks.checkpoint import load_network, save_network
+from spark_dist.networks.checkpoint import ModelCard, load_card, save_network
 
 from .job import Job
 from .tracking import Tracker
@@ -16,16 +15,16 @@ from .validation import validation
 
 @dataclass
 class Beside:
-    """A network that is trained along with the stage's own, with a folder, a description and a run of its own."""
+    """A network that is trained along with the stage's own, with a folder, a model card and a run of its own."""
 
     network: nn.Module
     folder: Path
-    description: dict[str, Any]
+    card: ModelCard
     tracker: Tracker
 
     def __post_init__(self):
         best = self.folder / "best.safetensors"
-        self.best = load_network(best)[1]["val_dice"] if best.exists() else -1.0
+        self.best = load_card(best).val_dice if best.exists() else -1.0
 
     def validation(self, job: Job) -> Callable[[nn.Module], dict[str, float]]:
         """Like the function `validation`, but both networks are looked at; this one's best is kept in its folder."""
@@ -36,8 +35,7 @@ class Beside:
             if own["val/dice"] > self.best:
                 self.best = own["val/dice"]
                 if job.accelerator.is_main_process:
-                    facts = self.description | {"val_dice": self.best}
-                    save_network(self.folder / "best.safetensors", self.network, facts)
+                    save_network(self.folder / "best.safetensors", self.network, replace(self.card, val_dice=self.best))
             return look(network) | {f"teacher/{key}": value for key, value in own.items()}
 
         return validate

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +21,7 @@ from spark_dist.data.loader import Prefetcher
 from spark_dist.data.order import EpochSampler
 from spark_dist.data.slices import SliceTable
 from spark_dist.data.views import ORIENTATIONS
-from spark_dist.networks.checkpoint import load_weights, save_network
+from spark_dist.networks.checkpoint import ModelCard, load_weights, save_network
 from spark_dist.teacher.targets import TeacherTargets
 
 from .checkpoint import load_state, newest_state, save_state
@@ -38,7 +39,7 @@ def fit(
     epochs: int,
     until: int,
     folder: Path,
-    description: dict[str, Any],
+    card: ModelCard,
     tracker,
 ) -> None:
     """Train until `until` of `epochs` are over, and leave the student of the best val Dice in folder/best.safetensors.
@@ -101,8 +102,8 @@ def fit(
                 if figures["val/dice"] > state["best"]:
                     state["best"] = figures["val/dice"]
                     if accelerator.is_main_process:
-                        facts = description | {"epoch": epoch + 1, "val_dice": state["best"]}
-                        save_network(folder / "best.safetensors", student, facts)
+                        found = replace(card, epoch=epoch + 1, val_dice=state["best"])
+                        save_network(folder / "best.safetensors", student, found)
             tracker.metrics(figures, done)
             if accelerator.is_main_process:
                 shown = f", val Dice {figures['val/dice']:.4f}" if "val/dice" in figures else ""

@@ -1,6 +1,6 @@
 """A stage of a job: one network is trained, validated and tested."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from spark_dist.data.loader import training_loader
 from spark_dist.data.order import EpochSampler
 from spark_dist.distillers.plain import Plain
 from spark_dist.networks import build_network
+from spark_dist.networks.checkpoint import ModelCard
 from spark_dist.networks.resnet import load_pretrained
 from spark_dist.teacher.targets import TeacherTargets
 
@@ -79,9 +80,9 @@ def train_stage(
         return best
     options, accelerator = job.options, job.accelerator
     network = build(job, name, width, pretrained)
-    description = describe(options, name, width, method)
+    card = model_card(job, name, width, method)
     with tracked(
-        accelerator, options, f"{role} {name}", folder, stage_tags(role, description, network), job.tracker
+        accelerator, options, f"{role} {name}", folder, stage_tags(role, card, network), job.tracker
     ) as tracker:
         model, targets = teaching(network)
         sampler = EpochSampler(
@@ -112,7 +113,7 @@ def train_stage(
                 epochs,
                 until,
                 folder,
-                description,
+                card,
                 beside.tracking(tracker) if beside else tracker,
             )
         if targets.teacher is not None:
@@ -153,24 +154,26 @@ def epochs_done(job: Job, folder: Path) -> int:
     return int(found[-1].stem.removeprefix("step-")) // steps if found else 0
 
 
-def describe(options: TrainingOptions, name: str, width: float, method: str) -> dict[str, Any]:
-    """What is saved with a network's weights."""
-    return {
-        "network": name,
-        "width": width,
-        "method": method,
-        "seed": options.seed,
-        "dataset": options.dataset.stem,
-        "split": options.split,
-        **options.slice_spec.to_dict(),
-    }
+def model_card(job: Job, name: str, width: float, method: str) -> ModelCard:
+    """The facts about a network of the job, before it has been trained."""
+    options = job.options
+    return ModelCard(
+        network=name,
+        width=width,
+        method=method,
+        seed=options.seed,
+        dataset=options.dataset.stem,
+        store=job.store.fingerprint(),
+        split=options.split,
+        spec=options.slice_spec,
+    )
 
 
-def stage_tags(role: str, description: Mapping[str, Any], network: nn.Module) -> dict[str, Any]:
+def stage_tags(role: str, card: ModelCard, network: nn.Module) -> dict[str, Any]:
     """What runs are compared by."""
-    keys = ("network", "width", "method", "seed", "task", "dataset", "split")
+    keys = ("network", "width", "method", "seed", "dataset", "split")
     parameters = sum(p.numel() for p in network.parameters())
-    return {"role": role, "parameters": parameters, **{key: description[key] for key in keys}}
+    return {"role": role, "parameters": parameters, "task": card.spec.task, **{key: getattr(card, key) for key in keys}}
 
 
 def untaught(network: nn.Module) -> tuple[Distillation, TeacherTargets]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT
+from conftest import ROOT, model_card
 from nifti_cases import all_files
 from safetensors.torch import load_file
 
@@ -32,9 +32,7 @@ def job(tiny_store, tmp_path_factory):
     """The options of a distill job with a teacher."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("teacher") / "best.safetensors"
-    facts = {"network": "unet", "width": 0.05, "method": "none", "seed": 0, "task": "organ", "dataset": "tiny"}
-    facts |= {"split": "default", "crop": [32, 32], "crop_shift": [0, 0], "threshold": 0.5}
-    save_network(path, build_network("unet", width=0.05), facts)
+    save_network(path, build_network("unet", width=0.05), model_card(network="unet", width=0.05))
     return ("--dataset", tiny_store, *SMALL, "--teacher-checkpoint", path, "--method", "spark", "--epochs", 2)
 
 

@@ -9,6 +9,7 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import model_card
 from safetensors.torch import load_file
 
 from data_tools.errors import UserError
@@ -206,6 +207,6 @@ def test_weights_of_parts_make_the_mean_of_the_batch():
 
 
 def test_a_saved_network_is_as_readable_as_other_files(tmp_path):
-    save_network(tmp_path / "a.safetensors", build_network("enet", width=0.25), {"network": "enet", "width": 0.25})
+    save_network(tmp_path / "a.safetensors", build_network("enet", width=0.25), model_card())
     (tmp_path / "other").touch()
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
