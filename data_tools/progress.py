@@ -49,14 +49,14 @@ def progress_bar(what: str, total: int, done: int = 0, enabled: bool = True) -> 
     Where the output is no terminal, only the lines that stay are printed.
     """
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         RateColumn("{:.1f}/s"),
         TimeElapsedColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"),
+        TextColumn("{task.fields[text]}", markup=False),
     )
     if not (enabled and console.is_terminal):
         yield lambda text="": None

@@ -71,10 +71,9 @@ def command(module: str, argv: Sequence[str] | None = None, program: str | None 
     except Exception as error:
         from spark_dist.training.distributed import lost_contact
 
-        if not lost_contact(error):
+        if not (why := lost_contact(error)):
             raise
-        rank = os.environ["RANK"]
-        print(f"process {rank}: another process has ended; its error comes before this line", file=sys.stderr)
+        print(f"process {os.environ['RANK']}: {why}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         say_error("interrupted")

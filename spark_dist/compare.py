@@ -25,17 +25,15 @@ from spark_dist.evaluation.intervals import difference_over_seeds, over_seeds
 from spark_dist.evaluation.metrics import read_cases
 from spark_dist.training.mlflow_client import SQLITE, absolute_uri, brief, make_client
 
-from .options import Options
+from .options import ServerOptions
 
 
 @dataclass(kw_only=True)
-class CompareOptions(Options):
+class CompareOptions(ServerOptions):
     """Compare the runs of an experiment on their test cases."""
 
     experiment: str = ""
     """MLflow experiment (dataset-task); may be left out where there is only one."""
-    tracking_uri: str = "sqlite:///mlflow.db"
-    """MLflow tracking server, or a local SQLite file."""
     figure: str = "dice"
     """The figure to compare: dice, hd95, assd, voe, or dice_labelled (the original's protocol)."""
     csv: Path | None = None

@@ -1,6 +1,7 @@
 """The options of `train` and `distill`: their names, defaults and help, in groups. The defaults are the original
 system's."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,7 @@ from .options import (
     Pixels,
     Probability,
     Seed,
+    ServerOptions,
     Width,
     Workers,
 )
@@ -122,11 +124,9 @@ class CheckpointOptions(Options):
 
 
 @dataclass(kw_only=True)
-class TrackingOptions(Options):
+class TrackingOptions(ServerOptions):
     """Tracking (MLflow)"""
 
-    tracking_uri: str = "sqlite:///mlflow.db"
-    """MLflow tracking server, or a local SQLite file."""
     experiment: str = ""
     """MLflow experiment; the default is dataset-task."""
     sweep: str = ""
@@ -166,6 +166,10 @@ class TrainingOptions(
     def experiment_name(self) -> str:
         return self.experiment or f"{self.dataset.stem}-{self.task}"
 
+    def default_folder(self, name: str) -> Path:
+        """Where a job of this name lies if not told: below runs/, whatever its experiment is called."""
+        return Path("runs", re.sub(r"/|^\.+$", "-", self.experiment_name), name)
+
 
 @dataclass(kw_only=True)
 class NetworkOptions(Options):
@@ -185,7 +189,7 @@ class TrainOptions(NetworkOptions, TrainingOptions):
 
     @property
     def folder(self) -> Path:
-        return self.out or Path("runs", self.experiment_name, f"{self.network}-w{self.width:g}-seed{self.seed}")
+        return self.out or self.default_folder(f"{self.network}-w{self.width:g}-seed{self.seed}")
 
 
 @dataclass(kw_only=True)
@@ -242,5 +246,4 @@ class DistillOptions(DistillationOptions, TeacherCacheOptions, TrainingOptions):
 
     @property
     def folder(self) -> Path:
-        name = f"{self.teacher}-{self.student}-{self.method}-seed{self.seed}"
-        return self.out or Path("runs", self.experiment_name, name)
+        return self.out or self.default_folder(f"{self.teacher}-{self.student}-{self.method}-seed{self.seed}")

@@ -1,6 +1,7 @@
 """What options are made of: numbers with bounds, and the base class that checks them."""
 
 import math
+import re
 import reprlib
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, fields
@@ -65,6 +66,21 @@ class Options:
                 for bounds in bounds_in(hints[field.name]):
                     if isinstance(value, int | float) and (broken := bounds.broken_by(value)):
                         raise UserError(f"{shown(field)} must be {broken}, not {reprlib.repr(value)}")
+
+
+@dataclass(kw_only=True)
+class ServerOptions(Options):
+    """Tracking (MLflow)"""
+
+    tracking_uri: str = "sqlite:///mlflow.db"
+    """MLflow tracking server, or a local SQLite file."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not re.fullmatch(r"databricks|[a-z][a-z0-9+.-]*:.+", self.tracking_uri):
+            raise UserError(
+                f"--tracking-uri '{self.tracking_uri}': give a server (http://host:5000) or a file (sqlite:///mlflow.db)"
+            )
 
 
 def flag(name: str) -> str:

@@ -11,16 +11,14 @@ from pathlib import Path
 from data_tools.progress import console
 from spark_dist.training.tracking import page_of, sync
 
-from .options import Options
+from .options import ServerOptions
 
 
 @dataclass(kw_only=True)
-class SyncOptions(Options):
+class SyncOptions(ServerOptions):
     """Send what the runs of a job that has ended could not send to their MLflow server."""
 
     folder: str = field(metadata={"positional": "folder of a job (its --out)"})
-    tracking_uri: str = "sqlite:///mlflow.db"
-    """MLflow tracking server, or a local SQLite file."""
 
 
 OPTIONS = SyncOptions

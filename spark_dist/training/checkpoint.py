@@ -11,6 +11,9 @@ import torch
 from data_tools.errors import UserError
 from data_tools.files import write_atomically
 
+PARTS = {"epoch": int, "step": int, "best": float, "losses": list, "model": dict, "optimizer": dict, "processes": int}
+"""What every saved state holds, and of which type."""
+
 log = logging.getLogger(__name__)
 
 
@@ -57,5 +60,33 @@ def damage_of(path: Path) -> str | None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """A saved state. Nothing in it is unpickled that is not a tensor or a plain value."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """A saved state. Nothing in it is unpickled that is not a tensor or a plain value.
+
+    Raises `UserError` for a file that holds something else.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        wrong = [key for key, kind in PARTS.items() if not isinstance(state[key], kind)]
+    except Exception as error:  # torch's errors are of many kinds
+        raise other_state(path, error) from None
+    if wrong:
+        raise other_state(path, f"wrong {', '.join(wrong)}")
+    return state
+
+
+def load_part(part: Any, state: Any, path: Path) -> None:
+    """Give an optimizer, or what else has a state, what was saved of it. Raises `UserError` if it is another one's."""
+    try:
+        part.load_state_dict(state)
+    except UserError:
+        raise
+    except Exception as error:  # they are not made to be given something else
+        raise other_state(path, error) from None
+
+
+def other_state(path: Path, why: Any) -> UserError:
+    """The error for a file that does not hold what this job saved."""
+    return UserError(
+        f"{path}: holds no state of this job ({str(why).strip().splitlines()[0][:160]}); remove the file, and the job "
+        "goes on from the one before"
+    )

@@ -66,10 +66,20 @@ def first_to_say(text: str) -> bool:
         return True
 
 
-def lost_contact(error: Exception) -> bool:
-    """Whether an error is but the consequence of another process's end."""
+def lost_contact(error: Exception) -> str | None:
+    """What to say of an error that is but the consequence of what another process did; None for all others."""
+    if not dist.is_initialized() or not isinstance(error, RuntimeError):
+        return None
+    text = str(error)
+    if re.search(r"timed out (after )?waiting|wait timeout|timeout caused pair closure", text, re.I):
+        return (
+            "another process has not answered for --timeout-minutes; see whether it is stopped or hangs, and the same "
+            "command goes on from the last checkpoint"
+        )
     ended = r"closed by peer|reset by peer|broken pipe|remote process exited|network error|socket timeout"
-    return dist.is_initialized() and isinstance(error, RuntimeError) and bool(re.search(ended, str(error), re.I))
+    if re.search(ended, text, re.I):
+        return "another process has ended; its error comes before this line"
+    return None
 
 
 def make_accelerator(accumulate: int = 1, clip: float = 0.0, timeout: float = 30.0) -> Accelerator:

@@ -126,7 +126,7 @@ def claim(folder: Path, options: TrainingOptions, accelerator: Accelerator) -> N
     wanted = {key: value for key, value in plain(options).items() if key not in MAY_DIFFER}
     file = folder / "config.yaml"
     if file.exists() and not options.overwrite:
-        found = yaml.safe_load(file.read_text())
+        found = read_options(file)
         if differing := [key for key, value in wanted.items() if found.get(key) != value]:
             key = differing[0]
             raise UserError(
@@ -139,6 +139,17 @@ def claim(folder: Path, options: TrainingOptions, accelerator: Accelerator) -> N
             discard(folder)
         write_text(file, yaml.safe_dump(wanted, sort_keys=False))
     accelerator.wait_for_everyone()
+
+
+def read_options(file: Path) -> dict[str, Any]:
+    """A job's record of its options. Raises `UserError` if it is none."""
+    try:
+        found = yaml.safe_load(file.read_text())
+    except (ValueError, yaml.YAMLError) as error:
+        found = " ".join(str(error).split())
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: not the options of a job ({str(found)[:160]}); restore it, or give another --out")
+    return found
 
 
 def discard(folder: Path) -> None:

@@ -24,7 +24,7 @@ from spark_dist.data.views import ORIENTATIONS
 from spark_dist.networks.checkpoint import ModelCard, load_weights, save_network
 from spark_dist.teacher.targets import TeacherTargets
 
-from .checkpoint import load_state, newest_state, save_state
+from .checkpoint import load_part, load_state, newest_state, save_state
 from .distillation import Distillation
 from .distributed import Pace, saveable
 
@@ -169,7 +169,7 @@ def resume(accelerator: Accelerator, folder: Path, saved: dict[str, Any]) -> dic
         if isinstance(part, torch.nn.Module):
             load_weights(part, state.pop(name), str(path))
         elif part is not None:
-            part.load_state_dict(state.pop(name))
+            load_part(part, state.pop(name), path)
     before, now = state.pop("precision", precision), precision
     if before != now:
         accelerator.print(f"{folder.name}: goes on with mixed precision {now} instead of {before}")

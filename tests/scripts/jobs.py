@@ -113,7 +113,7 @@ def run(job):
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     log = os.path.join(job["folder"], f"output-{port}.txt")
-    running = {}
+    running, stopped = {}, (job.get("fault") or {}).get("signal") == signal.SIGSTOP
     for rank in range(job["processes"]):
         child = os.fork()
         if not child:
@@ -134,7 +134,7 @@ def run(job):
         if child in running:
             codes[running.pop(child)] = os.waitstatus_to_exitcode(status)
             if codes.count(None) and any(codes):
-                end = min(end, time.monotonic() + 20)
+                end = min(end, time.monotonic() + (1 if stopped else 20))
         elif time.monotonic() > end:
             for child in running:
                 os.killpg(child, signal.SIGKILL)

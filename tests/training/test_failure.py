@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -87,6 +88,20 @@ def test_an_error_of_one_process_comes_first(jobs, tiny_store, tmp_path):
     assert codes == [1, 2]
     lines = log.strip().splitlines()
     assert lines == ["error: it broke", "process 0: another process has ended; its error comes before this line"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "place"), [(0, "step"), (1, "evaluation")])
+def test_a_stopped_process_is_told_in_a_line(jobs, tiny_store, tmp_path, rank, place):
+    arguments = ("--dataset", tiny_store, *SMALL, "--epochs", 2, "--out", "job", "--timeout-minutes", 0.1)
+    fault = {"place": place, "n": 1, "signal": signal.SIGSTOP, "rank": rank}
+    codes, log = jobs("train", *arguments, folder=tmp_path, processes=2, **fault)
+    assert sorted(codes) == [-signal.SIGKILL, 1]
+    (line,) = log.strip().splitlines()
+    assert line.startswith(f"process {1 - rank}: another process has not answered for --timeout-minutes")
+    # The same command goes on.
+    codes, log = jobs("train", *arguments, folder=tmp_path, processes=2)
+    assert codes == [0, 0], log
 
 
 @pytest.mark.slow
