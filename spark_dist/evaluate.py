@@ -16,11 +16,11 @@ from data_tools.progress import console
 from data_tools.store import open_store
 from spark_dist.data.slices import part_of_split
 from spark_dist.evaluation.cases import evaluate_cases, format_summaries, summaries
-from spark_dist.evaluation.metrics import write_cases
+from spark_dist.evaluation.metrics import TOLERANCE, write_cases
 from spark_dist.networks.checkpoint import load_network
 from spark_dist.training.distributed import make_accelerator, shut_down
 
-from .options import Options, Probability
+from .options import NonNegative, Options, Probability
 
 
 @dataclass(kw_only=True)
@@ -38,6 +38,8 @@ class EvaluateOptions(Options):
     """Part of the split."""
     threshold: Probability | None = None
     """Probability from which a voxel is the target; the default is the training's."""
+    surface_tolerance: NonNegative = TOLERANCE
+    """Distance in mm up to which surfaces agree for the surface Dice."""
     out: Path | None = None
     """JSON file for the figures of every case."""
 
@@ -52,13 +54,16 @@ def run(options: EvaluateOptions) -> None:
     store = open_store(options.dataset)
     names = part_of_split(store, options.split, options.part)
     accelerator = make_accelerator()
-    cases = evaluate_cases(accelerator, network.to(accelerator.device), store, names, spec)
+    network, tolerance = network.to(accelerator.device), options.surface_tolerance
+    cases = evaluate_cases(accelerator, network, store, names, spec, tolerance=tolerance)
     if accelerator.is_main_process:
         title = f"{options.checkpoint}: {spec.task}, {options.part}, threshold {spec.threshold:g}"
+        title += f", surface Dice at {tolerance:g} mm"
         console.print(cases_table(cases, title))
         console.print(format_summaries(summaries(cases)))
         if options.out:
-            write_cases(options.out, cases, task=spec.task, split=options.part, threshold=spec.threshold)
+            facts = {"task": spec.task, "split": options.part, "threshold": spec.threshold}
+            write_cases(options.out, cases, **facts, surface_tolerance=tolerance)
     shut_down(accelerator)
 
 

@@ -79,6 +79,7 @@ def help_of(command, capsys):
         ("cache", "--verify -1", "--verify must be at least 0, not -1"),
         ("evaluate", "--threshold 0", "--threshold must be above 0, not 0.0"),
         ("evaluate", "--threshold 2", "--threshold must be below 1, not 2.0"),
+        ("evaluate", "--surface-tolerance -1", "--surface-tolerance must be at least 0, not -1"),
         ("picture", "--rows 0", "--rows must be at least 1, not 0"),
         ("profile", "--crop 0", "--crop must be at least 1, not 0"),
         ("profile", "--width -1", "--width must be above 0"),

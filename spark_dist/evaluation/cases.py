@@ -14,7 +14,7 @@ from spark_dist.data.views import SliceSpec
 
 from .inference import covering, probabilities
 from .intervals import summarise
-from .metrics import case_metrics
+from .metrics import TOLERANCE, case_metrics
 
 LABELLED_THRESHOLD = 0.4
 """Probability from which a voxel is the target in the original system's protocol, `labelled-slices`."""
@@ -27,12 +27,13 @@ def evaluate_cases(
     cases: Sequence[str],
     spec: SliceSpec,
     distances: bool = True,
+    tolerance: float = TOLERANCE,
 ) -> dict[str, dict[str, Any]]:
     """Every case's figures, by case name, the same on every process.
 
     Cases are shared among the processes and each is predicted whole by one of them, so that the figures do not depend
     on how many there are. Both protocols: `volume` at `spec.threshold` over whole planes, and `labelled-slices` at
-    `LABELLED_THRESHOLD`.
+    `LABELLED_THRESHOLD`. Surface figures only with `distances`, `tolerance` (mm) being that of the surface Dice.
     """
     reader = VoxelReader(store)
     own = {}
@@ -41,7 +42,7 @@ def evaluate_cases(
         image, truth = reader.case(name, "image"), spec.target(reader.case(name, "label"))
         target = probabilities(network, image, case.window, spec)[0]
         labelled = labelled_slices(network, image, truth, target, case.window, spec)
-        own[name] = case_metrics(target >= spec.threshold, truth, case.spacing, distances, labelled)
+        own[name] = case_metrics(target >= spec.threshold, truth, case.spacing, distances, labelled, tolerance)
     return dict(sorted(item for part in gather_object([own]) for item in part.items()))
 
 

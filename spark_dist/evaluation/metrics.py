@@ -1,8 +1,9 @@
 """Overlap and surface distances on whole volumes, and their summary over cases.
 
 The target of a prediction and of the truth are boolean volumes (Z, H, W). A case's figures are a flat dict: dice, voe,
-rvd, hd, hd95 and assd of the protocol `volume` (all slices), and dice_labelled, voe_labelled and rvd_labelled of the
-protocol `labelled-slices` (only slices that show the target, which is how the original system measured).
+rvd, false_positive_ml, hd, hd95, assd and surface_dice of the protocol `volume` (all slices), and dice_labelled,
+voe_labelled and rvd_labelled of the protocol `labelled-slices` (only slices that show the target, which is how the
+original system measured).
 """
 
 import json
@@ -14,6 +15,9 @@ from typing import Any
 import numpy as np
 
 from data_tools.errors import UserError
+
+TOLERANCE = 1.0
+"""Tolerance of the surface Dice in mm, that of the Medical Segmentation Decathlon for the hippocampus."""
 
 
 def overlap_counts(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -41,30 +45,61 @@ def rvd(counts: np.ndarray) -> float:
     return (predicted - true) / true
 
 
-def surface_distances(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> dict[str, float]:
-    """hd, hd95 and assd in mm between the surfaces of two volumes; `spacing` in mm for each axis.
+def false_positive_ml(counts: np.ndarray, spacing: Sequence[float]) -> float:
+    """Millilitres predicted in slices that do not show the target, which are all of a case without it.
 
-    A surface is the voxels of a volume that touch what is outside it by a face (also at the volume's border).
-    hd: the largest distance from either surface to the other; hd95: the larger of the two directions' 95th percentiles;
-    assd: the mean over the voxels of both surfaces. Nothing in both: 0; nothing in one of them: infinite, a miss.
+    `counts` (Z, 3) as `overlap_counts` gives them, `spacing` in mm for each axis.
+    """
+    return float(counts[counts[:, 2] == 0, 1].sum() * math.prod(spacing) / 1000)
+
+
+def between_surfaces(
+    prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Distances in mm from each surface voxel of the prediction to the truth's surface, and back; `spacing` in mm for
+    each axis.
+
+    A surface is the voxels of a volume that touch what is outside it by a face (also at the volume's border). Where one
+    of them has nothing, the other's distances are infinite.
     """
     if not prediction.any() or not truth.any():
-        value = 0.0 if prediction.any() == truth.any() else math.inf
-        return {"hd": value, "hd95": value, "assd": value}
+        return tuple(np.full(int(v.any()), math.inf) for v in (prediction, truth))
     from monai.metrics.utils import get_mask_edges, get_surface_distance
 
     # Only the part of the volume that holds either of them: the rest takes time and changes nothing.
     box = tuple(slice(np.flatnonzero(v)[0], np.flatnonzero(v)[-1] + 1) for v in occupied(prediction | truth))
     surfaces = get_mask_edges(prediction[box], truth[box], crop=False)
-    there, back = (
+    return tuple(
         np.asarray(get_surface_distance(*pair, spacing=list(spacing)), dtype=np.float64)
         for pair in (surfaces, surfaces[::-1])
     )
+
+
+def surface_distances(there: np.ndarray, back: np.ndarray) -> dict[str, float]:
+    """hd, hd95 and assd in mm from the distances `between_surfaces`.
+
+    hd: the largest distance from either surface to the other; hd95: the larger of the two directions' 95th percentiles;
+    assd: the mean over the voxels of both surfaces. Nothing in both: 0; nothing in one of them: infinite, a miss.
+    """
+    if not (there.size and back.size):
+        value = math.inf if there.size or back.size else 0.0
+        return {"hd": value, "hd95": value, "assd": value}
     return {
         "hd": float(max(there.max(), back.max())),
         "hd95": float(max(np.percentile(there, 95), np.percentile(back, 95))),
         "assd": float((there.sum() + back.sum()) / (there.size + back.size)),
     }
+
+
+def surface_dice(there: np.ndarray, back: np.ndarray, tolerance: float) -> float:
+    """The share of the voxels of both surfaces that lie within `tolerance` mm of the other, from the distances
+    `between_surfaces`. Nothing in both: 1.
+
+    Nikolov et al., arXiv 1809.04430, with a voxel for an element of the surface, as MONAI's SurfaceDiceMetric has it by
+    default.
+    """
+    distances = np.concatenate([there, back])
+    return float((distances <= tolerance).mean()) if distances.size else 1.0
 
 
 def occupied(volume: np.ndarray) -> list[np.ndarray]:
@@ -78,14 +113,20 @@ def case_metrics(
     spacing: Sequence[float],
     distances: bool = True,
     labelled: np.ndarray | None = None,
+    tolerance: float = TOLERANCE,
 ) -> dict[str, float]:
-    """All figures of a case. `labelled` is the prediction for the protocol `labelled-slices`, where it differs."""
+    """All figures of a case; those of surfaces only with `distances`, `tolerance` (mm) being that of the surface Dice.
+
+    `labelled` is the prediction for the protocol `labelled-slices`, where it differs.
+    """
     counts = overlap_counts(prediction, truth)
     shown = overlap_counts(prediction if labelled is None else labelled, truth)[counts[:, 2] > 0]
     figures = {"dice": dice, "voe": voe, "rvd": rvd}
     result = {name: figure(counts.sum(axis=0)) for name, figure in figures.items()}
+    result["false_positive_ml"] = false_positive_ml(counts, spacing)
     if distances:
-        result |= surface_distances(prediction, truth, spacing)
+        between = between_surfaces(prediction, truth, spacing)
+        result |= surface_distances(*between) | {"surface_dice": surface_dice(*between, tolerance)}
     return result | {f"{name}_labelled": figure(shown.sum(axis=0)) for name, figure in figures.items()}
 
 

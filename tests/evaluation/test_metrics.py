@@ -10,17 +10,24 @@ from hypothesis.extra.numpy import arrays
 from data_tools.errors import UserError
 from spark_dist.evaluation.intervals import paired_difference, summarise
 from spark_dist.evaluation.metrics import (
+    between_surfaces,
     case_metrics,
     dice,
+    false_positive_ml,
     overlap_counts,
     read_cases,
     rvd,
+    surface_dice,
     surface_distances,
     voe,
     write_cases,
 )
 
 volumes = arrays(bool, (3, 4, 5))
+
+
+def distances(prediction, truth, spacing):
+    return surface_distances(*between_surfaces(prediction, truth, spacing))
 
 
 def test_counts_are_those_of_each_slice():
@@ -56,7 +63,7 @@ def surface(volume):
 @settings(max_examples=40, deadline=None)
 @given(volumes, volumes, st.tuples(*[st.floats(0.5, 5)] * 3))
 def test_surface_distances_are_those_of_brute_force(prediction, truth, spacing):
-    found = surface_distances(prediction, truth, spacing)
+    found = distances(prediction, truth, spacing)
     if not prediction.any() or not truth.any():
         expected = 0 if prediction.any() == truth.any() else math.inf
         assert set(found.values()) == {expected}
@@ -72,24 +79,112 @@ def test_surface_distances_are_those_of_brute_force(prediction, truth, spacing):
 @settings(max_examples=20, deadline=None)
 @given(volumes, volumes, st.tuples(*[st.floats(0.5, 5)] * 3))
 def test_surface_distances_are_symmetric(prediction, truth, spacing):
-    there, back = surface_distances(prediction, truth, spacing), surface_distances(truth, prediction, spacing)
+    there, back = distances(prediction, truth, spacing), distances(truth, prediction, spacing)
     assert there == pytest.approx(back)
-    assert set(surface_distances(truth, truth, spacing).values()) == {0}
+    assert set(distances(truth, truth, spacing).values()) == {0}
+
+
+def random_masks(count=200):
+    """Pairs of small masks, of noise and of overlapping boxes, empty ones among them, with anisotropic spacings."""
+    random = np.random.default_rng(0)
+    for k in range(count):
+        shape, spacing = random.integers(2, 9, 3), random.uniform(0.5, 5, 3)
+        if k % 2:
+            prediction, truth = random.random((2, *shape)) < random.choice(
+                [0.0, 0.1, 0.5], (2, 1, 1, 1), p=[0.1, 0.5, 0.4]
+            )
+        else:
+            prediction, truth = np.zeros((2, *shape), bool)
+            for mask in (prediction, truth):
+                start = random.integers(0, shape)
+                mask[tuple(slice(a, a + n) for a, n in zip(start, random.integers(1, 6, 3), strict=True))] = True
+        yield prediction, truth, spacing, random.uniform(0.5, 6)
+
+
+def by_brute_force(prediction, truth, spacing, tolerance):
+    """A case's figures from sets of voxels and all distances between them."""
+    p, t = (set(map(tuple, np.argwhere(v))) for v in (prediction, truth))
+    shown = {z for z, _, _ in t}
+    found = {"false_positive_ml": sum(z not in shown for z, _, _ in p) * spacing[0] * spacing[1] * spacing[2] / 1000}
+    for name, a in (("", p), ("_labelled", {v for v in p if v[0] in shown})):
+        found["dice" + name] = 2 * len(a & t) / (len(a) + len(t)) if a or t else 1.0
+        found["voe" + name] = 1 - len(a & t) / len(a | t) if a or t else 0.0
+        found["rvd" + name] = (len(a) - len(t)) / len(t) if t else math.inf if a else 0.0
+    if not p or not t:
+        value = math.inf if p or t else 0.0
+        return found | {"hd": value, "hd95": value, "assd": value, "surface_dice": float(not p and not t)}
+    a, b = (np.array(surface(v)) * spacing for v in (prediction, truth))
+    between = np.sqrt(((a[:, None] - b[None]) ** 2).sum(axis=-1))
+    there, back = between.min(axis=1), between.min(axis=0)
+    both = np.concatenate([there, back])
+    found |= {"hd": both.max(), "hd95": max(np.percentile(there, 95), np.percentile(back, 95)), "assd": both.mean()}
+    return found | {"surface_dice": (both <= tolerance).mean()}
+
+
+def by_monai(prediction, truth, spacing, tolerance):
+    """The figures that MONAI has as well, of masks that are not empty."""
+    import monai.metrics
+    import torch
+
+    p, t = (torch.from_numpy(v)[None, None].float() for v in (prediction, truth))
+    both, how = {"y_pred": p, "y": t, "include_background": True}, {"spacing": list(spacing)}
+    found = {
+        "dice": monai.metrics.compute_dice(**both),
+        "voe": 1 - monai.metrics.compute_iou(**both),
+        "hd": monai.metrics.compute_hausdorff_distance(**both, **how),
+        "hd95": monai.metrics.compute_hausdorff_distance(**both, **how, percentile=95),
+        "assd": monai.metrics.compute_average_surface_distance(**both, **how, symmetric=True),
+        "surface_dice": monai.metrics.compute_surface_dice(**both, **how, class_thresholds=[tolerance]),
+    }
+    return {name: value.item() for name, value in found.items()}
+
+
+def test_all_figures_are_those_of_brute_force_and_of_monai_on_200_masks():
+    compared = 0
+    for prediction, truth, spacing, tolerance in random_masks():
+        found = case_metrics(prediction, truth, spacing, tolerance=tolerance)
+        expected = by_brute_force(prediction, truth, spacing, tolerance)
+        assert found == pytest.approx(expected, rel=1e-5)
+        if prediction.any() and truth.any():
+            expected = by_monai(prediction, truth, spacing, tolerance)
+            assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+            compared += 1
+    assert 150 < compared < 200
+
+
+def test_the_surface_dice_counts_what_lies_within_the_tolerance():
+    truth, prediction = np.zeros((2, 1, 1, 10), bool)
+    truth[..., :4] = prediction[..., :6] = True
+    # The voxels at 4 and 5 lie one and two steps of 2 mm from the truth; all others lie on both.
+    for tolerance, expected in ((0.0, 8 / 10), (1.9, 8 / 10), (2.0, 9 / 10), (4.0, 1.0)):
+        found = case_metrics(prediction, truth, (5, 1, 2), tolerance=tolerance)
+        assert found["surface_dice"] == pytest.approx(expected)
+    assert surface_dice(np.array([]), np.array([]), 1.0) == 1
+    assert case_metrics(truth, np.zeros_like(truth), (1, 1, 1))["surface_dice"] == 0
+
+
+def test_false_positives_are_counted_in_millilitres_where_there_is_no_target():
+    truth, prediction = np.zeros((2, 4, 5, 5), bool)
+    truth[1, :2], prediction[:3] = True, True
+    assert case_metrics(prediction, truth, (5, 2, 2))["false_positive_ml"] == pytest.approx(2 * 25 * 20 / 1000)
+    nowhere = np.zeros_like(truth)
+    assert case_metrics(prediction, nowhere, (5, 2, 2))["false_positive_ml"] == pytest.approx(3 * 25 * 20 / 1000)
+    assert false_positive_ml(overlap_counts(nowhere, truth), (5, 2, 2)) == 0
 
 
 def test_the_box_around_the_targets_changes_no_distance():
     truth, prediction = np.zeros((2, 20, 30, 40), bool)
     truth[5:9, 6:12, 7:15] = True
     prediction[5:9, 6:12, 10:18] = True
-    assert surface_distances(prediction, truth, (5, 0.7, 0.8))["hd"] == pytest.approx(3 * 0.8)
+    assert distances(prediction, truth, (5, 0.7, 0.8))["hd"] == pytest.approx(3 * 0.8)
     prediction[19, 29, 39] = True
     far = np.hypot.reduce([5 * (19 - 8), 0.7 * (29 - 11), 0.8 * (39 - 14)])
-    assert surface_distances(prediction, truth, (5, 0.7, 0.8))["hd"] == pytest.approx(far)
+    assert distances(prediction, truth, (5, 0.7, 0.8))["hd"] == pytest.approx(far)
 
 
 def test_distances_print_nothing(recwarn):
     truth = np.ones((2, 3, 3), bool)
-    surface_distances(truth, truth, (1, 1, 1))
+    distances(truth, truth, (1, 1, 1))
     assert not [str(w.message) for w in recwarn if "monai" in str(w.message)]
 
 

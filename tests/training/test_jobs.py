@@ -128,6 +128,12 @@ def test_figures_do_not_depend_on_the_number_of_processes(launch, tiny_store, tm
     assert len(one["cases"]) == 3
     assert one == two == three
     assert one["cases"] == json.loads((tmp_path / "a" / "student" / "test_cases.json").read_text())["cases"]
+    launch(1, "evaluate", checkpoint, *data, "--surface-tolerance", 1000, "--out", "far.json", cwd=tmp_path)
+    far = json.loads((tmp_path / "far.json").read_text())
+    assert far["surface_tolerance"] == 1000
+    for name, figures in far["cases"].items():
+        assert figures["surface_dice"] == (0 if figures["hd"] == "inf" else 1)
+        assert {**figures, "surface_dice": one["cases"][name]["surface_dice"]} == one["cases"][name]
 
 
 @pytest.mark.launch
