@@ -93,7 +93,7 @@ def test_a_live_teacher_learns_from_the_truth_alone_and_the_student_from_it():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rounds": 0}, "--rounds 0"),
+        ({"rounds": 0}, "--rounds must be at least 1, not 0"),
         ({"rounds": 4, "epochs": 3}, "--rounds 4"),
         ({"rounds": 2, "teacher_checkpoint": "x"}, "leave out --rounds"),
         ({"together": "live", "rounds": 2}, "leave out --rounds"),
