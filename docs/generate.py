@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from spark_dist.data.number_formats import entry_bytes
 from spark_dist.distillers import DISTILLERS, build_distiller, distiller_settings
 from spark_dist.networks import NETWORKS, build_network
+from spark_dist.networks.cost import example, gflops_of
 from spark_dist.teacher.fingerprint import probe_targets
 
 CROP = (384, 384)
@@ -51,14 +51,11 @@ def networks_table() -> str:
     ]
     for name in sorted(NETWORKS):
         with torch.device("meta"):
-            network, image = build_network(name).eval(), torch.zeros(1, 1, *CROP)
-            if hasattr(network, "set_support"):
-                network.set_support(image.expand(8, -1, -1, -1), image.expand(8, -1, -1, -1))
-            with FlopCounterMode(display=False) as flops:
-                output = network(image)
+            network = build_network(name).eval()
+            output = network(example(network, CROP))
         low, high = ("×".join(map(str, t.shape[1:])) for t in (output.low, output.high))
         parameters = sum(p.numel() for p in network.parameters())
-        gflops = flops.get_total_flops() / 1e9
+        gflops = gflops_of(name, 1.0, CROP)
         lines.append(f"| `{name}` | {parameters:,} | {gflops:.3f} | {low} | {high} | {network.stride} |")
     return "\n".join(lines) + "\n"
 
