@@ -17,10 +17,10 @@ COMMANDS = {
     "train": "train a network without a teacher",
     "distill": "train a student with a teacher",
     "cache": "fill a teacher cache ahead of training; list, verify, prune caches",
-    "evaluate": "per-case figures of a checkpoint on one part of a split",
+    "evaluate": "per-case metrics of a checkpoint on one part of a split",
     "compare": "table of runs: teacher, student alone, student distilled",
     "profile": "parameters, GFLOPs, activation memory and latency of networks",
-    "picture": "predictions of checkpoints beside the truth, as a PNG",
+    "picture": "predictions of checkpoints beside the ground truth, as a PNG",
     "sweep": "combinations of a grid of options, for an array of jobs",
     "track-sync": "send what an MLflow server that was down did not get",
 }

@@ -34,8 +34,8 @@ class CompareOptions(ServerOptions):
 
     experiment: str = ""
     """MLflow experiment (dataset-task); may be left out where there is only one."""
-    figure: str = "dice"
-    """The figure to compare: dice, hd95, assd, voe, or dice_labelled (the original's protocol)."""
+    metric: str = "dice"
+    """The metric to compare: dice, hd95, assd, voe, or dice_labelled (the original's protocol)."""
     csv: Path | None = None
     """CSV file for the table."""
     json: Path | None = None
@@ -64,7 +64,7 @@ class Run:
     seed: str
     parameters: int
     cases: dict[str, dict[str, float]]
-    """Figures of the test cases."""
+    """Metrics of the test cases."""
 
     @property
     def data(self) -> tuple:
@@ -128,9 +128,9 @@ class Row:
 def run(options: CompareOptions) -> None:
     """Print the table, and write it if asked to."""
     runs, notes = load_runs(options.tracking_uri, options.experiment)
-    rows = compare(runs, options.figure)
+    rows = compare(runs, options.metric)
     for data in dict.fromkeys((row.dataset, row.task, row.split) for row in rows):
-        show(as_table([row for row in rows if (row.dataset, row.task, row.split) == data], options.figure))
+        show(as_table([row for row in rows if (row.dataset, row.task, row.split) == data], options.metric))
     for note in notes:
         console.print(note)
     write_rows(rows, options.csv, options.json)
@@ -179,7 +179,7 @@ def load_runs(tracking_uri: str, name: str = "") -> tuple[list[Run], list[str]]:
     if replaced:
         notes.append(f"of runs with equal network, method and seed the last is shown; {replaced} older left out")
     if not found:
-        raise UserError(f"{tracking_uri}: no run in '{name}' has test figures yet")
+        raise UserError(f"{tracking_uri}: no run in '{name}' has test metrics yet")
     return list(found.values()), notes
 
 
@@ -208,7 +208,7 @@ def all_runs(client, experiment_id: str) -> Iterable[Any]:
 
 
 def test_cases(client, run_id: str, title: str) -> dict[str, dict[str, float]] | None:
-    """The figures of a run's test cases, or None if it did not come that far."""
+    """The metrics of a run's test cases, or None if it did not come that far."""
     if "test_cases.json" not in {file.path for file in client.list_artifacts(run_id)}:
         return None
     with tempfile.TemporaryDirectory() as folder:
@@ -219,27 +219,27 @@ def test_cases(client, run_id: str, title: str) -> dict[str, dict[str, float]] |
             raise UserError(f"run {title} ({run_id}): its artifact test_cases.json is damaged; log it again") from None
 
 
-def compare(runs: Sequence[Run], figure: str = "dice") -> list[Row]:
+def compare(runs: Sequence[Run], metric: str = "dice") -> list[Row]:
     """A row for each run, then one over all seeds for each kind of run that has several.
 
     The difference of a distilled student is to the student alone: same data, network, width and seed, paired by case;
     to the mean over all seeds where there is none of its seed. An interval over several seeds is over seeds and cases
     (see `intervals`), one of a single run over its cases.
     """
-    known = set.intersection(*(set(figures) for item in runs for figures in item.cases.values()))
-    if figure not in known:
-        raise UserError(f"{unknown_name('figure', figure, known)}")
+    known = set.intersection(*(set(metrics) for item in runs for metrics in item.cases.values()))
+    if metric not in known:
+        raise UserError(f"{unknown_name('metric', metric, known)}")
     kinds: dict[tuple, list[Run]] = defaultdict(list)
     for item in sorted(runs, key=lambda item: (item.data, item.order, int(item.seed))):
         kinds[item.kind].append(item)
-    single = [make_row([item], runs, figure) for members in kinds.values() for item in members]
-    return single + [make_row(members, runs, figure) for members in kinds.values() if len(members) > 1]
+    single = [make_row([item], runs, metric) for members in kinds.values() for item in members]
+    return single + [make_row(members, runs, metric) for members in kinds.values() if len(members) > 1]
 
 
-def make_row(members: Sequence[Run], runs: Sequence[Run], figure: str) -> Row:
+def make_row(members: Sequence[Run], runs: Sequence[Run], metric: str) -> Row:
     """A row for runs that differ in their seed only."""
     first = members[0]
-    values = [values_of(item, figure) for item in members]
+    values = [values_of(item, metric) for item in members]
     summary = over_seeds(values)
     hd95 = over_seeds([values_of(item, "hd95") for item in members])
     return Row(
@@ -248,17 +248,17 @@ def make_row(members: Sequence[Run], runs: Sequence[Run], figure: str) -> Row:
         **{key: summary[key] for key in ("cases", "mean", "low", "high", "misses")},
         hd95=hd95["mean"],
         hd95_misses=hd95["misses"],
-        **against_alone(members, values, runs, figure),
+        **against_alone(members, values, runs, metric),
     )
 
 
 def against_alone(
-    members: Sequence[Run], values: Sequence[dict[str, float]], runs: Sequence[Run], figure: str
+    members: Sequence[Run], values: Sequence[dict[str, float]], runs: Sequence[Run], metric: str
 ) -> dict[str, float | str]:
     """The difference of distilled students of some seeds to the students alone; nothing if there are none."""
     first = members[0]
     alone = {
-        item.seed: values_of(item, figure)
+        item.seed: values_of(item, metric)
         for item in runs
         if (item.role, item.method) == ("student", "none")
         and (item.data, item.network, item.width) == (first.data, first.network, first.width)
@@ -277,22 +277,22 @@ def against_alone(
     }
 
 
-def values_of(item: Run, figure: str) -> dict[str, float]:
-    """A run's figure of each case."""
-    return {case: figures[figure] for case, figures in item.cases.items()}
+def values_of(item: Run, metric: str) -> dict[str, float]:
+    """A run's metric of each case."""
+    return {case: metrics[metric] for case, metrics in item.cases.items()}
 
 
-def as_table(rows: Sequence[Row], figure: str) -> Table:
-    """Rows of the same data for people. Differences are in points: hundredths for overlap figures."""
-    scale = 100 if figure.startswith(("dice", "voe", "rvd")) else 1
+def as_table(rows: Sequence[Row], metric: str) -> Table:
+    """Rows of the same data for people. Differences are in points: hundredths for overlap metrics."""
+    scale = 100 if metric.startswith(("dice", "voe", "rvd")) else 1
     data = f"{rows[0].dataset}, {rows[0].task}, split {rows[0].split}"
-    table = Table(title=f"{data}: test {figure} of {rows[0].cases} cases, mean and 95% interval", box=HORIZONTALS)
+    table = Table(title=f"{data}: test {metric} of {rows[0].cases} cases, mean and 95% interval", box=HORIZONTALS)
     for name in (
         "",
         "network",
         "seed",
         "parameters",
-        figure,
+        metric,
         "HD95 mm",
         "points to alone" if scale == 100 else "to alone",
     ):

@@ -1,4 +1,4 @@
-"""Per-case figures of a network on whole volumes."""
+"""Per-case metrics of a network on whole volumes."""
 
 if __name__ == "__main__":
     from spark_dist.cli import module_main
@@ -41,14 +41,14 @@ class EvaluateOptions(Options):
     surface_tolerance: NonNegative = TOLERANCE
     """Distance in mm up to which surfaces agree for the surface Dice."""
     out: Path | None = None
-    """JSON file for the figures of every case."""
+    """JSON file for the metrics of every case."""
 
 
 OPTIONS = EvaluateOptions
 
 
 def run(options: EvaluateOptions) -> None:
-    """Print a table of the cases' figures, and write them if asked to."""
+    """Print a table of the cases' metrics, and write them if asked to."""
     network, card = load_network(Path(options.checkpoint))
     spec = replace(card.spec, task=options.task or card.spec.task, threshold=options.threshold or card.spec.threshold)
     store = open_store(options.dataset)
@@ -71,8 +71,8 @@ def cases_table(cases: Mapping[str, Mapping[str, float]], title: str) -> Table:
     """A row for each case, and the means with their intervals."""
     keys = list(next(iter(cases.values())))
     table = Table("case", *keys, title=title)
-    for name, figures in cases.items():
-        table.add_row(name, *(f"{figures[key]:.4f}" for key in keys))
+    for name, metrics in cases.items():
+        table.add_row(name, *(f"{metrics[key]:.4f}" for key in keys))
     table.add_section()
     summary = summaries(cases)
     table.add_row("mean", *(f"{summary[key]['mean']:.4f}" for key in keys))

@@ -1,4 +1,4 @@
-"""Predictions of checkpoints beside the truth: spark-dist picture NAME=CHECKPOINT … --dataset STORE"""
+"""Predictions of checkpoints beside the ground truth: spark-dist picture NAME=CHECKPOINT … --dataset STORE"""
 
 if __name__ == "__main__":
     from spark_dist.cli import module_main
@@ -15,8 +15,7 @@ from data_tools.errors import UserError
 from data_tools.progress import console
 from data_tools.store import open_store
 from spark_dist.data.slices import part_of_split
-from spark_dist.evaluation.figures import FORMATS
-from spark_dist.evaluation.pictures import predictions_picture
+from spark_dist.evaluation.figures import FORMATS, draw_predictions
 from spark_dist.networks.checkpoint import load_network
 
 from .options import Count, Options
@@ -24,7 +23,7 @@ from .options import Count, Options
 
 @dataclass(kw_only=True)
 class PictureOptions(Options):
-    """Draw predictions of trained networks beside the truth."""
+    """Draw predictions of trained networks beside the ground truth."""
 
     checkpoints: list[str] = field(
         metadata={"nargs": "+", "positional": "trained networks, PATH or NAME=PATH; the name is the column's title"}
@@ -62,5 +61,5 @@ def run(options: PictureOptions) -> None:
         raise UserError("the checkpoints differ in task, crop or threshold; draw them in separate pictures")
     store = open_store(options.dataset)
     cases = part_of_split(store, options.split, options.part)
-    predictions_picture(store, cases, specs[0], networks, options.out, options.rows)
+    draw_predictions(store, cases, specs[0], networks, options.out, options.rows)
     console.print(f"wrote {options.out}")

@@ -29,27 +29,27 @@ def evaluate_cases(
     distances: bool = True,
     tolerance: float = TOLERANCE,
 ) -> dict[str, dict[str, Any]]:
-    """Every case's figures, by case name, the same on every process.
+    """Every case's metrics, by case name, the same on every process.
 
-    Cases are shared among the processes and each is predicted whole by one of them, so that the figures do not depend
+    Cases are shared among the processes and each is predicted whole by one of them, so that the metrics do not depend
     on how many there are. Both protocols: `volume` at `spec.threshold` over whole planes, and `labelled-slices` at
-    `LABELLED_THRESHOLD`. Surface figures only with `distances`, `tolerance` (mm) being that of the surface Dice.
+    `LABELLED_THRESHOLD`. Surface metrics only with `distances`, `tolerance` (mm) being that of the surface Dice.
     """
     reader = VoxelReader(store)
     own = {}
     for name in shares(store, cases, accelerator.num_processes)[accelerator.process_index]:
         case = store.cases[name]
-        image, truth = reader.case(name, "image"), spec.target(reader.case(name, "label"))
+        image, ground_truth = reader.case(name, "image"), spec.target(reader.case(name, "label"))
         target = probabilities(network, image, case.window, spec)[0]
-        labelled = labelled_slices(network, image, truth, target, case.window, spec)
-        own[name] = case_metrics(target >= spec.threshold, truth, case.spacing, distances, labelled, tolerance)
+        labelled = labelled_slices(network, image, ground_truth, target, case.window, spec)
+        own[name] = case_metrics(target >= spec.threshold, ground_truth, case.spacing, distances, labelled, tolerance)
     return dict(sorted(item for part in gather_object([own]) for item in part.items()))
 
 
 def labelled_slices(
     network: nn.Module,
     image: np.ndarray,
-    truth: np.ndarray,
+    ground_truth: np.ndarray,
     target: np.ndarray,
     window: Sequence[float],
     spec: SliceSpec,
@@ -57,7 +57,7 @@ def labelled_slices(
     """The prediction (Z, H, W) bool of the protocol `labelled-slices`: of the training's crop alone, as the original
     system saw slices, and only where there is ground truth; `target` are the probabilities over whole planes."""
     if covering(spec.crop, image.shape[1:], network.stride) != spec.crop:
-        shown, target = truth.any(axis=(1, 2)), np.zeros_like(target)
+        shown, target = ground_truth.any(axis=(1, 2)), np.zeros_like(target)
         if shown.any():
             target[shown] = probabilities(network, image[shown], window, spec, whole=False)[0]
     return target >= LABELLED_THRESHOLD
@@ -75,12 +75,12 @@ def shares(store: Store, cases: Sequence[str], world: int) -> list[list[str]]:
 
 
 def summaries(cases: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, Any]]:
-    """Each figure's mean, 95% interval and misses over cases (see `metrics.summarise`)."""
-    return {key: summarise([figures[key] for figures in cases.values()]) for key in next(iter(cases.values()))}
+    """Each metric's mean, 95% interval and misses over cases (see `metrics.summarise`)."""
+    return {key: summarise([metrics[key] for metrics in cases.values()]) for key in next(iter(cases.values()))}
 
 
 def format_summaries(summary: Mapping[str, Mapping[str, Any]]) -> str:
-    """The figures that one looks at first, in a line."""
+    """The metrics that one looks at first, in a line."""
     dice, hd95 = summary["dice"], summary["hd95"]
     text = f"Dice {dice['mean']:.4f} [{dice['low']:.4f}, {dice['high']:.4f}] over {dice['cases']} cases"
     text += f", HD95 {hd95['mean']:.1f} mm"

@@ -1,13 +1,21 @@
-"""Figures for people."""
+"""Drawings for people: predictions beside the ground truth, and curves."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from torch import nn
+
+from data_tools.store import TASKS, Store
+from spark_dist.data.slices import VoxelReader
+from spark_dist.data.views import SliceSpec
+
+from .inference import probabilities
+from .metrics import dice, overlap_counts
 
 COLOURS = {"target": "#35c2b0", "missed": "#f2b134", "predicted where there is none": "#e8553e"}
 FORMATS = frozenset(Figure().canvas.get_supported_filetypes())
@@ -15,23 +23,53 @@ FORMATS = frozenset(Figure().canvas.get_supported_filetypes())
 TARGET, MISSED, WRONG = COLOURS.values()
 
 
-def prediction_figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A grid of image, truth and one column for each network, a row for each slice.
+class PredictedSlice(NamedTuple):
+    """A slice with the predictions of networks: a row of the figure."""
 
-    A row: case, slice, image (H, W) in [−1, 1], truth (H, W) bool, predictions {name: ((H, W) bool, Dice)}.
-    """
-    names = list(rows[0]["predictions"])
-    figure = Figure(figsize=(2.3 * (2 + len(names)), 2.45 * len(rows) + 0.5), layout="constrained", facecolor="white")
-    axes = figure.subplots(len(rows), 2 + len(names), squeeze=False)
-    for row, line in zip(rows, axes, strict=True):
-        box = around(row["truth"] | np.any([p for p, _ in row["predictions"].values()], axis=0))
-        image, truth = (row["image"][box] + 1) / 2, row["truth"][box]
-        draw(line[0], image, [], f"{row['case']}, slice {row['slice']}")
-        draw(line[1], image, [(truth, TARGET)], "truth")
-        for axis, (name, (prediction, dice)) in zip(line[2:], row["predictions"].items(), strict=True):
+    name: str
+    image: np.ndarray
+    """(H, W) in [0, 1]."""
+    ground_truth: np.ndarray
+    """(H, W) bool."""
+    predictions: dict[str, tuple[np.ndarray, float]]
+    """By network: (H, W) bool, and its Dice in this slice."""
+
+
+def draw_predictions(
+    store: Store, cases: Sequence[str], spec: SliceSpec, networks: Mapping[str, nn.Module], path: Path, rows: int = 4
+) -> None:
+    """Image, ground truth and each network's prediction in the fullest slice of up to `rows` of the cases."""
+    reader = VoxelReader(store)
+    shown = []
+    for position in np.unique(np.linspace(0, len(cases) - 1, min(rows, len(cases))).astype(int)):
+        case = store.cases[cases[position]]
+        z = int(case.label_counts[:, TASKS[spec.task]].sum(axis=1).argmax())
+        image, label = (reader.slice(case.name, kind, z)[np.newaxis] for kind in ("image", "label"))
+        ground_truth = spec.target(label)
+        predictions = {}
+        for name, network in networks.items():
+            predicted = probabilities(network, image, case.window, spec)[0] >= spec.threshold
+            predictions[name] = (predicted[0], float(dice(overlap_counts(predicted, ground_truth).sum(axis=0))))
+        low, high = case.window
+        grey = np.clip((image[0].astype(np.float32) - low) / (high - low), 0, 1)
+        shown.append(PredictedSlice(f"{case.name}, slice {z}", grey, ground_truth[0], predictions))
+    prediction_figure(shown, path)
+
+
+def prediction_figure(slices: Sequence[PredictedSlice], path: Path) -> None:
+    """A grid of image, ground truth and one column for each network, a row for each slice."""
+    columns = 2 + len(slices[0].predictions)
+    figure = Figure(figsize=(2.3 * columns, 2.45 * len(slices) + 0.5), layout="constrained", facecolor="white")
+    axes = figure.subplots(len(slices), columns, squeeze=False)
+    for row, line in zip(slices, axes, strict=True):
+        box = around(row.ground_truth | np.any([p for p, _ in row.predictions.values()], axis=0))
+        image, ground_truth = row.image[box], row.ground_truth[box]
+        draw(line[0], image, [], row.name)
+        draw(line[1], image, [(ground_truth, TARGET)], "ground truth")
+        for axis, (name, (prediction, score)) in zip(line[2:], row.predictions.items(), strict=True):
             prediction = prediction[box]
-            parts = [(prediction & truth, TARGET), (prediction & ~truth, WRONG), (truth & ~prediction, MISSED)]
-            draw(axis, image, parts, f"{name}: Dice {dice:.3f}")
+            right, wrong, missed = prediction & ground_truth, prediction & ~ground_truth, ground_truth & ~prediction
+            draw(axis, image, [(right, TARGET), (wrong, WRONG), (missed, MISSED)], f"{name}: Dice {score:.3f}")
     patches = [Patch(color=colour, label=label) for label, colour in COLOURS.items()]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=8, frameon=False)
     save(figure, path)
@@ -74,6 +112,6 @@ def curves_figure(histories: Mapping[str, Sequence[tuple[float, float]]], label:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG."""
+    """Write a figure in the format of its file's ending."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -1,9 +1,9 @@
 """Overlap and surface distances on whole volumes, and their summary over cases.
 
-The target of a prediction and of the truth are boolean volumes (Z, H, W). A case's figures are a flat dict: dice, voe,
-rvd, false_positive_ml, hd, hd95, assd and surface_dice of the protocol `volume` (all slices), and dice_labelled,
-voe_labelled and rvd_labelled of the protocol `labelled-slices` (only slices that show the target, which is how the
-original system measured).
+The target of a prediction and of the ground truth are boolean volumes (Z, H, W). A case's metrics are a flat dict:
+dice, voe, rvd, false_positive_ml, hd, hd95, assd and surface_dice of the protocol `volume` (all slices), and
+dice_labelled, voe_labelled and rvd_labelled of the protocol `labelled-slices` (only slices that show the target, which
+is how the original system measured).
 """
 
 import json
@@ -20,9 +20,10 @@ TOLERANCE = 1.0
 """Tolerance of the surface Dice in mm, that of the Medical Segmentation Decathlon for the hippocampus."""
 
 
-def overlap_counts(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
+def overlap_counts(prediction: np.ndarray, ground_truth: np.ndarray) -> np.ndarray:
     """Voxels in each slice, (Z, 3) int64: in both, predicted, true."""
-    return np.stack([v.sum(axis=(1, 2), dtype=np.int64) for v in (prediction & truth, prediction, truth)], axis=1)
+    volumes = (prediction & ground_truth, prediction, ground_truth)
+    return np.stack([v.sum(axis=(1, 2), dtype=np.int64) for v in volumes], axis=1)
 
 
 def dice(counts: np.ndarray) -> float:
@@ -54,21 +55,21 @@ def false_positive_ml(counts: np.ndarray, spacing: Sequence[float]) -> float:
 
 
 def between_surfaces(
-    prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]
+    prediction: np.ndarray, ground_truth: np.ndarray, spacing: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Distances in mm from each surface voxel of the prediction to the truth's surface, and back; `spacing` in mm for
-    each axis.
+    """Distances in mm from each surface voxel of the prediction to the ground truth's surface, and back; `spacing` in
+    mm for each axis.
 
     A surface is the voxels of a volume that touch what is outside it by a face (also at the volume's border). Where one
     of them has nothing, the other's distances are infinite.
     """
-    if not prediction.any() or not truth.any():
-        return tuple(np.full(int(v.any()), math.inf) for v in (prediction, truth))
+    if not prediction.any() or not ground_truth.any():
+        return tuple(np.full(int(v.any()), math.inf) for v in (prediction, ground_truth))
     from monai.metrics.utils import get_mask_edges, get_surface_distance
 
     # Only the part of the volume that holds either of them: the rest takes time and changes nothing.
-    box = tuple(slice(np.flatnonzero(v)[0], np.flatnonzero(v)[-1] + 1) for v in occupied(prediction | truth))
-    surfaces = get_mask_edges(prediction[box], truth[box], crop=False)
+    box = tuple(slice(np.flatnonzero(v)[0], np.flatnonzero(v)[-1] + 1) for v in occupied(prediction | ground_truth))
+    surfaces = get_mask_edges(prediction[box], ground_truth[box], crop=False)
     return tuple(
         np.asarray(get_surface_distance(*pair, spacing=list(spacing)), dtype=np.float64)
         for pair in (surfaces, surfaces[::-1])
@@ -109,39 +110,39 @@ def occupied(volume: np.ndarray) -> list[np.ndarray]:
 
 def case_metrics(
     prediction: np.ndarray,
-    truth: np.ndarray,
+    ground_truth: np.ndarray,
     spacing: Sequence[float],
     distances: bool = True,
     labelled: np.ndarray | None = None,
     tolerance: float = TOLERANCE,
 ) -> dict[str, float]:
-    """All figures of a case; those of surfaces only with `distances`, `tolerance` (mm) being that of the surface Dice.
+    """All metrics of a case; those of surfaces only with `distances`, `tolerance` (mm) being that of the surface Dice.
 
     `labelled` is the prediction for the protocol `labelled-slices`, where it differs.
     """
-    counts = overlap_counts(prediction, truth)
-    shown = overlap_counts(prediction if labelled is None else labelled, truth)[counts[:, 2] > 0]
-    figures = {"dice": dice, "voe": voe, "rvd": rvd}
-    result = {name: figure(counts.sum(axis=0)) for name, figure in figures.items()}
+    counts = overlap_counts(prediction, ground_truth)
+    shown = overlap_counts(prediction if labelled is None else labelled, ground_truth)[counts[:, 2] > 0]
+    overlap = {"dice": dice, "voe": voe, "rvd": rvd}
+    result = {name: metric(counts.sum(axis=0)) for name, metric in overlap.items()}
     result["false_positive_ml"] = false_positive_ml(counts, spacing)
     if distances:
-        between = between_surfaces(prediction, truth, spacing)
+        between = between_surfaces(prediction, ground_truth, spacing)
         result |= surface_distances(*between) | {"surface_dice": surface_dice(*between, tolerance)}
-    return result | {f"{name}_labelled": figure(shown.sum(axis=0)) for name, figure in figures.items()}
+    return result | {f"{name}_labelled": metric(shown.sum(axis=0)) for name, metric in overlap.items()}
 
 
 def write_cases(path: Path, cases: Mapping[str, Mapping[str, float]], **facts: Any) -> None:
-    """Figures of every case as JSON, with `facts` about them. Infinite values are written as "inf"."""
+    """Metrics of every case as JSON, with `facts` about them. Infinite values are written as "inf"."""
     from data_tools.files import write_text
 
-    rows = {case: {k: v if math.isfinite(v) else str(v) for k, v in figures.items()} for case, figures in cases.items()}
+    rows = {case: {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()} for case, metrics in cases.items()}
     write_text(Path(path), json.dumps({**facts, "cases": rows}, indent=1, allow_nan=False))
 
 
 def read_cases(path: Path) -> dict[str, dict[str, float]]:
-    """Figures of every case as `write_cases` wrote them. Raises `UserError` if the file is damaged."""
+    """Metrics of every case as `write_cases` wrote them. Raises `UserError` if the file is damaged."""
     try:
         rows = json.loads(Path(path).read_text())["cases"]
-        return {case: {key: float(value) for key, value in figures.items()} for case, figures in rows.items()}
+        return {case: {key: float(value) for key, value in metrics.items()} for case, metrics in rows.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: can't be read as figures of cases ({error}); evaluate the checkpoint again") from None
+        raise UserError(f"{path}: can't be read as metrics of cases ({error}); evaluate the checkpoint again") from None

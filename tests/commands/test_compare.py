@@ -18,9 +18,9 @@ NETWORKS = {"unet": 31_037_633, "enet": 353_761}
 
 def trained(values, network="enet", role="student", method="none", seed=1, **other):
     """A run with these Dice values on its test cases a, b, c …"""
-    figures = {case: {"dice": dice, "hd95": 2.0} for case, dice in zip("abcdefgh", values, strict=False)}
+    metrics = {case: {"dice": dice, "hd95": 2.0} for case, dice in zip("abcdefgh", values, strict=False)}
     facts = {"dataset": "kits", "task": "organ", "split": "default", "width": 1.0, "teacher": ""}
-    facts |= {"role": role, "network": network, "method": method, "seed": str(seed), "cases": figures}
+    facts |= {"role": role, "network": network, "method": method, "seed": str(seed), "cases": metrics}
     return Run(**facts | {"parameters": NETWORKS[network]} | other)
 
 
@@ -179,10 +179,10 @@ def test_from_the_runs_to_the_table_and_its_files(store, tmp_path, capsys):
 
 def test_what_is_no_number_is_a_dash_and_null(store, tmp_path, capsys):
     run = trained([0.5, 0.5])
-    for figures in run.cases.values():
-        figures["hd95"] = math.inf
+    for metrics in run.cases.values():
+        metrics["hd95"] = math.inf
     logged(store, tmp_path / "job", run)
-    assert main(["compare", "--tracking-uri", store, "--figure", "hd95", "--json", "rows.json"]) == 0
+    assert main(["compare", "--tracking-uri", store, "--metric", "hd95", "--json", "rows.json"]) == 0
     assert capsys.readouterr().out.count("– (2 missed)") == 2
     (row,) = json.loads((tmp_path / "rows.json").read_text(), parse_constant=pytest.fail)
     assert (row["mean"], row["misses"], row["hd95_misses"]) == (None, 2, 2)
@@ -199,7 +199,7 @@ def test_mistakes_are_one_line(store, tmp_path, capsys):
     assert not (tmp_path / "mlflow.db").exists()
     assert "can't be reached" in error("--tracking-uri", "http://127.0.0.1:1")
     logged(store, tmp_path / "job", trained([0.5]), finished=False)
-    assert "no run in 'kits-organ' has test figures yet" in error()
+    assert "no run in 'kits-organ' has test metrics yet" in error()
     assert "did you mean kits-organ" in error("--experiment", "kits-orgn")
     logged(store, tmp_path / "other", trained([0.5]))
     (file,) = (tmp_path / "mlartifacts").rglob("test_cases.json")

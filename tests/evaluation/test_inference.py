@@ -40,24 +40,26 @@ def volume(plane=(60, 52)):
 
 @pytest.mark.parametrize("crop", [Crop((16, 16)), Crop((16, 16), (-14, -4)), Crop((64, 64)), Crop((64, 16), (1, 3))])
 def test_a_target_outside_the_crop_is_found(crop):
-    image, truth = volume()
+    image, ground_truth = volume()
     network = Bright().train()
     spec = SliceSpec("organ", crop)
     found = probabilities(network, image, WINDOW, spec)
     assert found.shape == (1, *image.shape)
-    assert np.array_equal(found[0] >= 0.5, truth)
+    assert np.array_equal(found[0] >= 0.5, ground_truth)
     assert network.training
     if crop.size == (16, 16):
         assert probabilities(network, image, WINDOW, spec, whole=False)[0].max() < 0.5
 
 
 def test_the_protocol_of_labelled_slices_keeps_the_crop():
-    image, truth = volume()
+    image, ground_truth = volume()
     network, spec = Bright(), SliceSpec("organ", Crop((16, 16)))
     whole = probabilities(network, image, WINDOW, spec)[0]
-    assert not labelled_slices(network, image, truth, whole, WINDOW, spec).any()
+    assert not labelled_slices(network, image, ground_truth, whole, WINDOW, spec).any()
     large = SliceSpec("organ", Crop((64, 56)))
-    assert np.array_equal(labelled_slices(network, image, truth, whole, WINDOW, large), whole >= LABELLED_THRESHOLD)
+    assert np.array_equal(
+        labelled_slices(network, image, ground_truth, whole, WINDOW, large), whole >= LABELLED_THRESHOLD
+    )
 
 
 @pytest.mark.parametrize(
@@ -78,11 +80,11 @@ def test_what_covers_a_plane(crop, plane, expected):
 
 
 def test_a_network_that_is_bound_to_a_size_sees_windows_of_it():
-    image, truth = volume()
+    image, ground_truth = volume()
     network = Bright(bound_to=(32, 32))
     found = probabilities(network, image, WINDOW, SliceSpec("organ", Crop((32, 32))))
     assert set(network.sizes) == {(32, 32)}
-    assert np.array_equal(found[0] >= 0.5, truth)
+    assert np.array_equal(found[0] >= 0.5, ground_truth)
 
 
 def test_universeg_predicts_planes_larger_than_its_support_set():

@@ -26,15 +26,15 @@ from spark_dist.evaluation.metrics import (
 volumes = arrays(bool, (3, 4, 5))
 
 
-def distances(prediction, truth, spacing):
-    return surface_distances(*between_surfaces(prediction, truth, spacing))
+def distances(prediction, ground_truth, spacing):
+    return surface_distances(*between_surfaces(prediction, ground_truth, spacing))
 
 
 def test_counts_are_those_of_each_slice():
-    prediction, truth = np.zeros((2, 2, 3, 3), bool)
-    prediction[0, 0], truth[0, :2], truth[1, 0, 0] = True, True, True
-    assert overlap_counts(prediction, truth).tolist() == [[3, 3, 6], [0, 0, 1]]
-    assert overlap_counts(prediction, truth).dtype == np.int64
+    prediction, ground_truth = np.zeros((2, 2, 3, 3), bool)
+    prediction[0, 0], ground_truth[0, :2], ground_truth[1, 0, 0] = True, True, True
+    assert overlap_counts(prediction, ground_truth).tolist() == [[3, 3, 6], [0, 0, 1]]
+    assert overlap_counts(prediction, ground_truth).dtype == np.int64
 
 
 @pytest.mark.parametrize(
@@ -46,9 +46,9 @@ def test_overlap_where_there_is_nothing_to_find(counts, expected):
 
 
 @given(volumes, volumes)
-def test_overlap_is_that_of_sets(prediction, truth):
-    a, b = (set(map(tuple, np.argwhere(v))) for v in (prediction, truth))
-    counts = overlap_counts(prediction, truth).sum(axis=0)
+def test_overlap_is_that_of_sets(prediction, ground_truth):
+    a, b = (set(map(tuple, np.argwhere(v))) for v in (prediction, ground_truth))
+    counts = overlap_counts(prediction, ground_truth).sum(axis=0)
     assert dice(counts) == pytest.approx(2 * len(a & b) / (len(a) + len(b)) if a or b else 1)
     assert voe(counts) == pytest.approx(1 - len(a & b) / len(a | b) if a or b else 0)
     assert rvd(counts) == pytest.approx((len(a) - len(b)) / len(b) if b else math.inf if a else 0)
@@ -62,13 +62,13 @@ def surface(volume):
 
 @settings(max_examples=40, deadline=None)
 @given(volumes, volumes, st.tuples(*[st.floats(0.5, 5)] * 3))
-def test_surface_distances_are_those_of_brute_force(prediction, truth, spacing):
-    found = distances(prediction, truth, spacing)
-    if not prediction.any() or not truth.any():
-        expected = 0 if prediction.any() == truth.any() else math.inf
+def test_surface_distances_are_those_of_brute_force(prediction, ground_truth, spacing):
+    found = distances(prediction, ground_truth, spacing)
+    if not prediction.any() or not ground_truth.any():
+        expected = 0 if prediction.any() == ground_truth.any() else math.inf
         assert set(found.values()) == {expected}
         return
-    a, b = (np.array(surface(v)) * spacing for v in (prediction, truth))
+    a, b = (np.array(surface(v)) * spacing for v in (prediction, ground_truth))
     between = np.linalg.norm(a[:, None] - b[None], axis=-1)
     there, back = between.min(axis=1), between.min(axis=0)
     assert found["hd"] == pytest.approx(max(there.max(), back.max()), rel=1e-5)
@@ -78,10 +78,10 @@ def test_surface_distances_are_those_of_brute_force(prediction, truth, spacing):
 
 @settings(max_examples=20, deadline=None)
 @given(volumes, volumes, st.tuples(*[st.floats(0.5, 5)] * 3))
-def test_surface_distances_are_symmetric(prediction, truth, spacing):
-    there, back = distances(prediction, truth, spacing), distances(truth, prediction, spacing)
+def test_surface_distances_are_symmetric(prediction, ground_truth, spacing):
+    there, back = distances(prediction, ground_truth, spacing), distances(ground_truth, prediction, spacing)
     assert there == pytest.approx(back)
-    assert set(distances(truth, truth, spacing).values()) == {0}
+    assert set(distances(ground_truth, ground_truth, spacing).values()) == {0}
 
 
 def random_masks(count=200):
@@ -90,20 +90,20 @@ def random_masks(count=200):
     for k in range(count):
         shape, spacing = random.integers(2, 9, 3), random.uniform(0.5, 5, 3)
         if k % 2:
-            prediction, truth = random.random((2, *shape)) < random.choice(
+            prediction, ground_truth = random.random((2, *shape)) < random.choice(
                 [0.0, 0.1, 0.5], (2, 1, 1, 1), p=[0.1, 0.5, 0.4]
             )
         else:
-            prediction, truth = np.zeros((2, *shape), bool)
-            for mask in (prediction, truth):
+            prediction, ground_truth = np.zeros((2, *shape), bool)
+            for mask in (prediction, ground_truth):
                 start = random.integers(0, shape)
                 mask[tuple(slice(a, a + n) for a, n in zip(start, random.integers(1, 6, 3), strict=True))] = True
-        yield prediction, truth, spacing, random.uniform(0.5, 6)
+        yield prediction, ground_truth, spacing, random.uniform(0.5, 6)
 
 
-def by_brute_force(prediction, truth, spacing, tolerance):
-    """A case's figures from sets of voxels and all distances between them."""
-    p, t = (set(map(tuple, np.argwhere(v))) for v in (prediction, truth))
+def by_brute_force(prediction, ground_truth, spacing, tolerance):
+    """A case's metrics from sets of voxels and all distances between them."""
+    p, t = (set(map(tuple, np.argwhere(v))) for v in (prediction, ground_truth))
     shown = {z for z, _, _ in t}
     found = {"false_positive_ml": sum(z not in shown for z, _, _ in p) * spacing[0] * spacing[1] * spacing[2] / 1000}
     for name, a in (("", p), ("_labelled", {v for v in p if v[0] in shown})):
@@ -113,7 +113,7 @@ def by_brute_force(prediction, truth, spacing, tolerance):
     if not p or not t:
         value = math.inf if p or t else 0.0
         return found | {"hd": value, "hd95": value, "assd": value, "surface_dice": float(not p and not t)}
-    a, b = (np.array(surface(v)) * spacing for v in (prediction, truth))
+    a, b = (np.array(surface(v)) * spacing for v in (prediction, ground_truth))
     between = np.sqrt(((a[:, None] - b[None]) ** 2).sum(axis=-1))
     there, back = between.min(axis=1), between.min(axis=0)
     both = np.concatenate([there, back])
@@ -121,12 +121,12 @@ def by_brute_force(prediction, truth, spacing, tolerance):
     return found | {"surface_dice": (both <= tolerance).mean()}
 
 
-def by_monai(prediction, truth, spacing, tolerance):
-    """The figures that MONAI has as well, of masks that are not empty."""
+def by_monai(prediction, ground_truth, spacing, tolerance):
+    """The metrics that MONAI has as well, of masks that are not empty."""
     import monai.metrics
     import torch
 
-    p, t = (torch.from_numpy(v)[None, None].float() for v in (prediction, truth))
+    p, t = (torch.from_numpy(v)[None, None].float() for v in (prediction, ground_truth))
     both, how = {"y_pred": p, "y": t, "include_background": True}, {"spacing": list(spacing)}
     found = {
         "dice": monai.metrics.compute_dice(**both),
@@ -141,78 +141,78 @@ def by_monai(prediction, truth, spacing, tolerance):
 
 def test_all_figures_are_those_of_brute_force_and_of_monai_on_200_masks():
     compared = 0
-    for prediction, truth, spacing, tolerance in random_masks():
-        found = case_metrics(prediction, truth, spacing, tolerance=tolerance)
-        expected = by_brute_force(prediction, truth, spacing, tolerance)
+    for prediction, ground_truth, spacing, tolerance in random_masks():
+        found = case_metrics(prediction, ground_truth, spacing, tolerance=tolerance)
+        expected = by_brute_force(prediction, ground_truth, spacing, tolerance)
         assert found == pytest.approx(expected, rel=1e-5)
-        if prediction.any() and truth.any():
-            expected = by_monai(prediction, truth, spacing, tolerance)
+        if prediction.any() and ground_truth.any():
+            expected = by_monai(prediction, ground_truth, spacing, tolerance)
             assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-5)
             compared += 1
     assert 150 < compared < 200
 
 
 def test_the_surface_dice_counts_what_lies_within_the_tolerance():
-    truth, prediction = np.zeros((2, 1, 1, 10), bool)
-    truth[..., :4] = prediction[..., :6] = True
-    # The voxels at 4 and 5 lie one and two steps of 2 mm from the truth; all others lie on both.
+    ground_truth, prediction = np.zeros((2, 1, 1, 10), bool)
+    ground_truth[..., :4] = prediction[..., :6] = True
+    # The voxels at 4 and 5 lie one and two steps of 2 mm from the ground_truth; all others lie on both.
     for tolerance, expected in ((0.0, 8 / 10), (1.9, 8 / 10), (2.0, 9 / 10), (4.0, 1.0)):
-        found = case_metrics(prediction, truth, (5, 1, 2), tolerance=tolerance)
+        found = case_metrics(prediction, ground_truth, (5, 1, 2), tolerance=tolerance)
         assert found["surface_dice"] == pytest.approx(expected)
     assert surface_dice(np.array([]), np.array([]), 1.0) == 1
-    assert case_metrics(truth, np.zeros_like(truth), (1, 1, 1))["surface_dice"] == 0
+    assert case_metrics(ground_truth, np.zeros_like(ground_truth), (1, 1, 1))["surface_dice"] == 0
 
 
 def test_false_positives_are_counted_in_millilitres_where_there_is_no_target():
-    truth, prediction = np.zeros((2, 4, 5, 5), bool)
-    truth[1, :2], prediction[:3] = True, True
-    assert case_metrics(prediction, truth, (5, 2, 2))["false_positive_ml"] == pytest.approx(2 * 25 * 20 / 1000)
-    nowhere = np.zeros_like(truth)
+    ground_truth, prediction = np.zeros((2, 4, 5, 5), bool)
+    ground_truth[1, :2], prediction[:3] = True, True
+    assert case_metrics(prediction, ground_truth, (5, 2, 2))["false_positive_ml"] == pytest.approx(2 * 25 * 20 / 1000)
+    nowhere = np.zeros_like(ground_truth)
     assert case_metrics(prediction, nowhere, (5, 2, 2))["false_positive_ml"] == pytest.approx(3 * 25 * 20 / 1000)
-    assert false_positive_ml(overlap_counts(nowhere, truth), (5, 2, 2)) == 0
+    assert false_positive_ml(overlap_counts(nowhere, ground_truth), (5, 2, 2)) == 0
 
 
 def test_the_box_around_the_targets_changes_no_distance():
-    truth, prediction = np.zeros((2, 20, 30, 40), bool)
-    truth[5:9, 6:12, 7:15] = True
+    ground_truth, prediction = np.zeros((2, 20, 30, 40), bool)
+    ground_truth[5:9, 6:12, 7:15] = True
     prediction[5:9, 6:12, 10:18] = True
-    assert distances(prediction, truth, (5, 0.7, 0.8))["hd"] == pytest.approx(3 * 0.8)
+    assert distances(prediction, ground_truth, (5, 0.7, 0.8))["hd"] == pytest.approx(3 * 0.8)
     prediction[19, 29, 39] = True
     far = np.hypot.reduce([5 * (19 - 8), 0.7 * (29 - 11), 0.8 * (39 - 14)])
-    assert distances(prediction, truth, (5, 0.7, 0.8))["hd"] == pytest.approx(far)
+    assert distances(prediction, ground_truth, (5, 0.7, 0.8))["hd"] == pytest.approx(far)
 
 
 def test_distances_print_nothing(recwarn):
-    truth = np.ones((2, 3, 3), bool)
-    distances(truth, truth, (1, 1, 1))
+    ground_truth = np.ones((2, 3, 3), bool)
+    distances(ground_truth, ground_truth, (1, 1, 1))
     assert not [str(w.message) for w in recwarn if "monai" in str(w.message)]
 
 
 @pytest.mark.parametrize(("found", "value"), [(False, 0), (True, math.inf)])
 def test_a_case_without_the_target(found, value):
-    truth = np.zeros((3, 4, 4), bool)
-    prediction = np.full_like(truth, found)
-    figures = case_metrics(prediction, truth, (1, 1, 1))
-    assert {figures[key] for key in ("hd", "hd95", "assd", "rvd")} == {value}
-    assert figures["dice"] == (not found)
-    assert figures["dice_labelled"] == 1  # no slice shows the target, so none is counted
+    ground_truth = np.zeros((3, 4, 4), bool)
+    prediction = np.full_like(ground_truth, found)
+    metrics = case_metrics(prediction, ground_truth, (1, 1, 1))
+    assert {metrics[key] for key in ("hd", "hd95", "assd", "rvd")} == {value}
+    assert metrics["dice"] == (not found)
+    assert metrics["dice_labelled"] == 1  # no slice shows the target, so none is counted
 
 
 def test_the_two_protocols_differ_in_slices_without_the_target():
-    truth = np.zeros((3, 4, 4), bool)
-    truth[1, :2] = True
-    prediction = truth.copy()
+    ground_truth = np.zeros((3, 4, 4), bool)
+    ground_truth[1, :2] = True
+    prediction = ground_truth.copy()
     prediction[2] = True
-    figures = case_metrics(prediction, truth, (1, 1, 1), distances=False)
-    assert figures["dice_labelled"] == 1
-    assert figures["dice"] == pytest.approx(2 * 8 / (24 + 8))
+    metrics = case_metrics(prediction, ground_truth, (1, 1, 1), distances=False)
+    assert metrics["dice_labelled"] == 1
+    assert metrics["dice"] == pytest.approx(2 * 8 / (24 + 8))
 
 
 def test_the_original_protocol_may_have_a_prediction_of_its_own():
-    truth = np.ones((1, 4, 4), bool)
-    figures = case_metrics(np.zeros_like(truth), truth, (1, 1, 1), distances=False, labelled=truth)
-    assert (figures["dice"], figures["dice_labelled"]) == (0, 1)
-    assert "hd" not in figures
+    ground_truth = np.ones((1, 4, 4), bool)
+    metrics = case_metrics(np.zeros_like(ground_truth), ground_truth, (1, 1, 1), distances=False, labelled=ground_truth)
+    assert (metrics["dice"], metrics["dice_labelled"]) == (0, 1)
+    assert "hd" not in metrics
 
 
 def test_a_miss_is_counted_and_not_dropped():

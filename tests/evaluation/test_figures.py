@@ -6,7 +6,15 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from spark_dist.evaluation.figures import MISSED, TARGET, WRONG, around, curves_figure, prediction_figure
+from spark_dist.evaluation.figures import (
+    MISSED,
+    TARGET,
+    WRONG,
+    PredictedSlice,
+    around,
+    curves_figure,
+    prediction_figure,
+)
 
 
 def shares(path, first=0.0, last=1.0):
@@ -22,10 +30,9 @@ def shares(path, first=0.0, last=1.0):
     return hues
 
 
-def row(truth, *predictions):
+def row(ground_truth, *predictions):
     named = {f"network {k}": (prediction, 0.5) for k, prediction in enumerate(predictions)}
-    image = np.full(truth.shape, -0.5)
-    return {"case": "case_00000", "slice": 3, "image": image, "truth": truth, "predictions": named}
+    return PredictedSlice("case_00000, slice 3", np.full(ground_truth.shape, 0.25), ground_truth, named)
 
 
 def square(rows, columns):
@@ -53,10 +60,10 @@ def test_colours_say_what_is_right_missed_and_wrong(tmp_path, prediction, seen):
 
 
 def test_there_is_a_row_for_each_slice_and_a_column_for_each_network(tmp_path):
-    truth = square((20, 30), (20, 30))
+    ground_truth = square((20, 30), (20, 30))
     sizes = {}
     for slices, networks in ((1, 1), (3, 1), (1, 3)):
-        prediction_figure([row(truth, *[truth] * networks)] * slices, tmp_path / "picture.png")
+        prediction_figure([row(ground_truth, *[ground_truth] * networks)] * slices, tmp_path / "picture.png")
         sizes[slices, networks] = imread(tmp_path / "picture.png").shape
     assert sizes[3, 1][0] > 2 * sizes[1, 1][0]
     assert sizes[1, 3][1] == pytest.approx(sizes[1, 1][1] * 5 / 3, rel=0.01)
