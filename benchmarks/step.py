@@ -96,7 +96,7 @@ class Bench:
         cache = open_cache(self.folder / "cache", {"method": method}, len(self.table) * ORIENTATIONS, shapes, "float16")
         with torch.no_grad():
             for keys in self.batches:
-                batch = to_device(self.read(keys, None), self.spec, self.device)
+                batch = to_device(self.read(keys, None), self.dataset(), self.device)
                 cache.add(batch.keys, distiller.teacher_targets(self.output(batch), batch.mask))
         cache.flush()
         return cache
@@ -108,8 +108,11 @@ class Bench:
                 self.outputs[int(batch.keys[0])] = NetworkOutput(*(x.float() for x in self.teacher(batch.image)))
         return self.outputs[int(batch.keys[0])]
 
+    def dataset(self, cache=None) -> SliceDataset:
+        return SliceDataset(self.table, self.spec, cache)
+
     def read(self, keys, cache):
-        return SliceDataset(self.table, self.spec, cache).__getitems__(keys)
+        return self.dataset(cache).__getitems__(keys)
 
     def model(self, distiller, how: str = ""):
         torch.manual_seed(0)
@@ -134,9 +137,9 @@ class Bench:
             start = self.clock()
             turn[0] += 1
             reading = self.reader.submit(dataset.__getitems__, self.batches[turn[0] % len(self.batches)])
-            batch = to_device(ahead.pop(), self.spec, self.device)
+            batch = to_device(ahead.pop(), dataset, self.device)
             with self.autocast():
-                terms = model(batch.image, batch.mask, targets(batch), batch.index)
+                terms = model(batch.image, *targets(batch), batch.index)
             sum(terms.values()).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -149,7 +152,7 @@ class Bench:
         return step
 
     def changes(self) -> dict[str, Callable[[], float]]:
-        batch = to_device(self.read(self.batches[0], None), self.spec, self.device)
+        batch = to_device(self.read(self.batches[0], None), self.dataset(), self.device)
         found = {}
         for name, kind in CHANGES.items():
             distiller = (kind or type(build_distiller("spark", *self.taps)))(*self.taps)

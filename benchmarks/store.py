@@ -48,7 +48,7 @@ from data_tools.store import Store, open_store, write_split
 from spark_dist.data.batches import RawBatch, SliceDataset, windowed
 from spark_dist.data.cache import Entries
 from spark_dist.data.loader import training_loader
-from spark_dist.data.order import EpochSampler
+from spark_dist.data.order import EpochSampler, Order
 from spark_dist.data.shared_memory import ALIGNMENT, empty_array
 from spark_dist.data.slices import SliceTable, slice_table
 from spark_dist.data.views import ORIENTATIONS, Crop, SliceSpec, orient
@@ -266,7 +266,7 @@ def loaders(table: SliceTable, folders: dict[str, Path]) -> dict[str, Callable[[
     """For each way, what makes an endless stream of ready batches with a number of workers."""
 
     def sampler() -> EpochSampler:
-        return EpochSampler(len(table), BATCH, 0, range(ORIENTATIONS))
+        return EpochSampler(Order(len(table), BATCH, 0, ORIENTATIONS))
 
     def endless(loader: DataLoader, epochs: EpochSampler, ready: Callable) -> Iterator:
         for epoch in range(10**9):
@@ -371,7 +371,7 @@ def files_and_bytes(folder: Path) -> tuple[int, int]:
 
 def loader_growth(table: SliceTable) -> dict[str, float]:
     """Resident memory in MiB early and late in 10,000 epochs' worth of indices, a batch read in every 25th epoch."""
-    dataset, sampler = SliceDataset(table, SPEC), EpochSampler(len(table), BATCH, 0, range(ORIENTATIONS))
+    dataset, sampler = SliceDataset(table, SPEC), EpochSampler(Order(len(table), BATCH, 0, ORIENTATIONS))
     memory = {}
     for epoch in range(10_000):
         sampler.epoch = epoch

@@ -90,12 +90,12 @@ class Store:
     splits: dict[str, dict[str, Any]]
 
     def split(self, name: str, part: str) -> list[str]:
-        """The cases of one part (train, val, test) of the named split."""
+        """The cases of one part (train, val, test, unlabelled) of the named split."""
         if name not in self.splits:
             if not self.splits:
                 raise UserError(f"{self.path}: the store has no split yet; make one with: spark-data split {self.path}")
             raise UserError(f"{self.path}: {unknown_name('split', name, self.splits)}")
-        cases = self.splits[name][part]
+        cases = self.splits[name].get(part, [])
         if missing := [case for case in cases if case not in self.cases]:
             raise UserError(
                 f"{self.path}: split '{name}' names cases that are not in the store: {', '.join(missing[:5])}; "

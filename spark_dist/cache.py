@@ -29,7 +29,6 @@ from data_tools.store import open_store
 from spark_dist.data.batches import SliceDataset, to_device
 from spark_dist.data.loader import Prefetcher
 from spark_dist.data.number_formats import ROUNDING, as_tensor, decode, encode
-from spark_dist.data.order import visited
 from spark_dist.data.shared_memory import pack
 from spark_dist.teacher.targets import TeacherTargets
 from spark_dist.training.checks import check, check_network
@@ -102,7 +101,7 @@ def fill(job: Job, targets: TeacherTargets) -> None:
     so that the entries are the same to the byte.
     """
     o, cache, accelerator = job.options, targets.cache, job.accelerator
-    keys = cache.stored(visited(len(job.table), o.seed, range(o.epochs), o.orientation_choices))
+    keys = cache.stored(o.order(job.transfer_table).visited(range(o.epochs_of(job.transfer_table))))
     keys = keys[np.sort(np.unique(keys, return_index=True)[1])]
     batches = [keys[start : start + o.batch_size] for start in range(0, len(keys), o.batch_size)]
     mine = [b.tolist() for b in batches if cache.missing(b).any()][
@@ -110,12 +109,12 @@ def fill(job: Job, targets: TeacherTargets) -> None:
     ]
     accelerator.wait_for_everyone()
     job.say(f"teacher cache {cache.folder}: {int((~cache.missing(keys)).sum())} of {len(keys)} entries there")
-    dataset = SliceDataset(job.table, o.slice_spec)
+    dataset = SliceDataset(job.transfer_table, o.slice_spec, views=o.slice_views)
     loader = Prefetcher(DataLoader(dataset, batch_sampler=mine, collate_fn=pack))
     flushed = time.monotonic()
     with progress_bar("teacher cache", len(mine), 0, accelerator.is_main_process) as advance:
         for raw in loader:
-            targets(to_device(raw, dataset.spec, accelerator.device))
+            targets(to_device(raw, dataset, accelerator.device))
             if time.monotonic() - flushed > FLUSH_SECONDS:
                 targets.flush()
                 flushed = time.monotonic()
@@ -138,17 +137,18 @@ def verify(job: Job, targets: TeacherTargets, count: int) -> None:
     Raises `UserError` if any differs by more than rounding: two steps of the number format, of the largest value.
     """
     o, cache, accelerator = job.options, targets.cache, job.accelerator
-    keys = visited(len(job.table), o.seed, range(o.epochs), o.orientation_choices)
+    keys = o.order(job.transfer_table).visited(range(o.epochs_of(job.transfer_table)))
     there = np.unique(cache.stored(keys)[~cache.missing(keys)])
     if not len(there):
         raise UserError(f"{cache.folder}: holds no entry yet; fill it with the same command without --verify")
     chosen = np.random.default_rng().permutation(there)[:count]
     allowed = max(4 * ROUNDING[cache.dtype], 1e-4)
-    dataset, worst, wrong, damaged = SliceDataset(job.table, o.slice_spec), 0.0, 0, 0
+    dataset = SliceDataset(job.transfer_table, o.slice_spec, views=o.slice_views)
+    worst, wrong, damaged = 0.0, 0, 0
     for key in chosen[accelerator.process_index :: accelerator.num_processes]:
-        batch = to_device(dataset.__getitems__([int(key)]), dataset.spec, accelerator.device)
+        batch = to_device(dataset.__getitems__([int(key)]), dataset, accelerator.device)
         stored = cache.read(batch.keys)
-        again = targets.compute(batch.image, batch.mask)
+        again = targets.compute(batch.image, batch.mask, batch.known)
         if stored.arrays is None:
             damaged += 1
             cache.add(batch.keys, again)

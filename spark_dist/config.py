@@ -4,12 +4,16 @@ system's."""
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from data_tools.errors import UserError
-from spark_dist.data.views import ORIENTATIONS, UPRIGHT, Crop, SliceSpec
+from spark_dist.data.augmentation import Views
+from spark_dist.data.order import Order
+from spark_dist.data.slices import SliceTable
+from spark_dist.data.views import Crop, SliceSpec
 
 from .options import (
+    Bounds,
     Count,
     Decay,
     Minutes,
@@ -44,8 +48,19 @@ class DataOptions(Options):
     crop_shift: tuple[Offset, Offset] = (-14, -4)
     """How far the crop lies off the slice's centre, in pixels [rows, columns]; the default is [50:434, 60:444] of a
     512×512 slice."""
-    augment: bool = True
-    """Data augmentation: train on flips and quarter turns (a rectangular crop: flips and half turns)."""
+    crop_at: Literal["centre", "anywhere"] = "centre"
+    """Where training's crops lie: at the place that --crop-shift says, or anywhere in the plane, a third of them around
+    the target (foreground oversampling)."""
+    augment: Literal["none", "flips", "full"] = "flips"
+    """Data augmentation: none, flips and quarter turns, or these with small rotations, scalings and shifts, brightness,
+    contrast, gamma, noise, blur and low resolution (full)."""
+    mirror: bool = True
+    """Flips are a part of augmentation; leave them out where left and right differ."""
+    quarter_turns: bool = True
+    """Quarter turns are a part of augmentation, where the crop is a square; half turns are in any case."""
+    views: Annotated[int, Bounds(at_least=-1, at_most=2**20)] = 0
+    """How many views each slice has, which a teacher cache can keep (0: one for none, one for each orientation for
+    flips, eight for full or crops from anywhere; -1: a new view in each epoch, which no cache can keep)."""
     support_slices: Count = 64
     """Training slices that universeg is shown as examples."""
     workers: Workers = 0
@@ -79,6 +94,8 @@ class ScheduleOptions(Options):
 
     epochs: Count = 90
     """Passes over the training slices."""
+    steps: Natural = 0
+    """Optimizer steps instead of epochs, rounded up to whole epochs (0: --epochs counts)."""
     lr: NonNegative = 1e-3
     """Adam's learning rate at the start."""
     lr_min: NonNegative = 1e-6
@@ -88,6 +105,8 @@ class ScheduleOptions(Options):
     of processes never enters: --batch-size is over all of them."""
     val_every: Count = 1
     """Epochs between validations; the best epoch is chosen by the mean Dice over the val cases."""
+    val_steps: Natural = 0
+    """Steps between validations instead, which are at the ends of epochs nevertheless (0: --val-every counts)."""
     threshold: Probability = 0.5
     """Probability from which a voxel is predicted as the target, in whole-volume evaluation."""
 
@@ -158,9 +177,25 @@ class TrainingOptions(
         return self.lr * factor, self.lr_min * factor
 
     @property
-    def orientation_choices(self) -> tuple[int, ...]:
-        rows, columns = self.slice_spec.crop.size
-        return (0,) if not self.augment else tuple(range(ORIENTATIONS)) if rows == columns else UPRIGHT
+    def slice_views(self) -> Views:
+        """The views of training slices."""
+        crop, anywhere = self.slice_spec.crop, self.crop_at == "anywhere"
+        return Views(crop, self.augment, self.mirror, self.quarter_turns, anywhere, self.views, self.seed)
+
+    def order(self, table: SliceTable) -> Order:
+        """In which order and in which batches training sees the slices of a table."""
+        share = {"unlabelled": table.unlabelled, "share": self.unlabelled_share} if table.unlabelled else {}
+        return Order(table.with_ground_truth, self.batch_size, self.seed, self.slice_views.count, **share)
+
+    def epochs_of(self, table: SliceTable) -> int:
+        """How many epochs training on a table has."""
+        return -(-self.steps // self.order(table).steps) or self.epochs
+
+    def validates(self, epoch: int, steps: int) -> bool:
+        """Whether there is a validation after the epoch counted `epoch` from 0, of so many steps."""
+        if self.val_steps:
+            return (epoch + 1) * steps // self.val_steps > epoch * steps // self.val_steps
+        return (epoch + 1) % self.val_every == 0
 
     @property
     def experiment_name(self) -> str:
@@ -202,6 +237,8 @@ class DistillationOptions(Options):
     """Factor on the teacher's number of filters."""
     teacher_epochs: Natural = 0
     """Epochs of the teacher's own training (0: as many as the student's)."""
+    teacher_steps: Natural = 0
+    """Optimizer steps of the teacher's own training instead, rounded up to whole epochs."""
     teacher_pretrained: Path | None = None
     """ImageNet weights (.pth, .safetensors) for a teacher with a ResNet encoder."""
     teacher_checkpoint: Path | None = None
@@ -217,6 +254,9 @@ class DistillationOptions(Options):
     weights: dict[str, Number] = field(default_factory=dict)
     """Weights of the method's loss terms, and its settings such as temperature, that differ from its defaults, for
     instance --weights.gain 10."""
+    unlabelled_share: Annotated[float, Bounds(at_least=0, below=1)] = 0.0
+    """Share of each batch that are slices of the split's unlabelled cases, which the student learns from the teacher
+    alone: its prediction takes the place of their ground truth (0: none)."""
     rounds: Count = 1
     """Rounds in which teacher and student take turns, each with a part of its epochs; the student learns from the
     teacher as it then is (1: the teacher is trained, then the student)."""
@@ -243,6 +283,10 @@ class TeacherCacheOptions(Options):
 @dataclass(kw_only=True)
 class DistillOptions(DistillationOptions, TeacherCacheOptions, TrainingOptions):
     """Train a student with a teacher, which is trained first unless its checkpoint is given."""
+
+    def teacher_epochs_of(self, table: SliceTable) -> int:
+        """How many epochs the teacher's own training on a table has."""
+        return -(-self.teacher_steps // self.order(table).steps) or self.teacher_epochs or self.epochs_of(table)
 
     @property
     def folder(self) -> Path:

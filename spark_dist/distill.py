@@ -13,7 +13,7 @@ from torch import nn
 
 from spark_dist.networks.checkpoint import load_network
 from spark_dist.teacher.targets import TeacherTargets
-from spark_dist.training.checks import check
+from spark_dist.training.checks import check, check_rounds
 from spark_dist.training.distillation import Distillation
 from spark_dist.training.frozen_teacher import distiller_between, frozen_teacher, matching_cache, only_generation, weigh
 from spark_dist.training.job import Job, open_job, tracked
@@ -44,9 +44,10 @@ def train_in_turns(job: Job) -> None:
     Several rounds are route-constrained distillation (Jin et al., ICCV 2019, arXiv 1904.09149).
     """
     o = job.options
-    teacher_epochs = o.teacher_epochs or o.epochs
+    epochs, teacher_epochs = o.epochs_of(job.transfer_table), o.teacher_epochs_of(job.table)
+    check_rounds(o.rounds, epochs, teacher_epochs)
     for part in range(1, o.rounds + 1):
-        first, last = o.epochs * (part - 1) // o.rounds, o.epochs * part // o.rounds
+        first, last = epochs * (part - 1) // o.rounds, epochs * part // o.rounds
         if o.teacher_checkpoint:
             teacher = given_teacher(job)
         else:
@@ -85,7 +86,8 @@ def train_student(job: Job, taught: Teaching, **how: Any) -> Path:
     """The student's stage, or a part of it."""
     o = job.options
     how |= {"method": o.method, "pretrained": o.student_pretrained}
-    return train_stage(job, "student", o.student, o.student_width, taught, o.epochs, **how)
+    epochs = o.epochs_of(job.transfer_table)
+    return train_stage(job, "student", o.student, o.student_width, taught, epochs, **how)
 
 
 def given_teacher(job: Job) -> Path:
@@ -105,7 +107,7 @@ def teach(job: Job, student: nn.Module, checkpoint: Path, epochs: range) -> tupl
     """A student with the distiller between it and a teacher's checkpoint, and the source of its targets in `epochs`."""
     o = job.options
     targets, card = frozen_teacher(job, checkpoint, student.taps)
-    if o.cache != "off":
+    if o.cache != "off" and o.views >= 0:
         cache = matching_cache(job, targets, card)
         weigh(job, targets, cache, epochs)
         targets.cache = cache

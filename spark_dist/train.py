@@ -24,6 +24,6 @@ def run(options: TrainOptions) -> None:
             options.network,
             options.width,
             untaught,
-            options.epochs,
+            options.epochs_of(job.table),
             pretrained=options.pretrained,
         )

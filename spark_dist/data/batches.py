@@ -12,19 +12,20 @@ from torch.utils.data import Dataset
 
 from data_tools.shards import PendingSlice, damage_named
 
+from .augmentation import Views
 from .cache import Entries, PendingEntries, TeacherCache
 from .shared_memory import aligned, empty_array
 from .slices import SliceTable, VoxelReader
-from .views import ORIENTATIONS, SliceSpec, orient
+from .views import SliceSpec
 
 
 class RawBatch(NamedTuple):
     """A batch as the store has it, on the CPU: what travels to the training device are integers."""
 
     image: Tensor
-    """(N, H, W) in the store's intensities."""
+    """(N, H, W) in the intensities of `window`."""
     label: Tensor
-    """(N, H, W) uint8."""
+    """(N, H, W) uint8; 0 where there is no ground truth."""
     window: Tensor
     """(N, 2) float32: the intensities that become −1 and 1."""
     keys: Tensor
@@ -38,31 +39,43 @@ class PendingBatch:
     """Slices and cache entries whose reads have been started, and the arrays of the batch that they are put into."""
 
     spec: SliceSpec
+    views: Views
     names: list[str]
     """(N,) of the slices, for errors."""
     images: list[PendingSlice]
-    labels: list[PendingSlice]
+    labels: list[PendingSlice | None]
+    """None where there is no ground truth."""
     entries: PendingEntries | None
     batch: dict[str, np.ndarray]
     """The arrays of a `RawBatch`, of which `window` and `keys` are filled already."""
 
     def fill(self, n: int) -> None:
         """Decode sample n. Raises `UserError` naming the slice if it is damaged."""
-        crop, orientation = self.spec.crop, self.batch["keys"][n] % ORIENTATIONS
+        row, number = divmod(int(self.batch["keys"][n]), self.views.count)
         with damage_named(self.names[n]):
-            outside = np.floor(self.batch["window"][n, 0])
-            self.batch["image"][n] = orient(crop.of(self.images[n].read(), outside), orientation)
-            self.batch["label"][n] = orient(crop.of(self.labels[n].read(), 0), orientation)
+            # A copy, as what is read is good until the next slice.
+            label = None if self.labels[n] is None else self.labels[n].read().copy()
+            image = self.images[n].read()
+            label = np.zeros(image.shape, np.uint8) if label is None else label
+            target = self.spec.target(label) if self.views.anywhere else None
+            seen = self.views.of(row, number, image, label, self.batch["window"][n], target)
+        self.batch["image"][n], self.batch["label"][n] = seen
+        if self.views.in_window:
+            self.batch["window"][n] = 0, 1
         if self.entries is not None:
             self.entries.fill(n)
 
 
 class SliceDataset(Dataset):
-    """Batches of oriented crops by their keys. One item is a whole batch, read at once."""
+    """Batches of views of slices by their keys. One item is a whole batch, read at once."""
 
-    def __init__(self, table: SliceTable, spec: SliceSpec, cache: TeacherCache | None = None):
+    def __init__(
+        self, table: SliceTable, spec: SliceSpec, cache: TeacherCache | None = None, views: Views | None = None
+    ):
+        """`views` are the orientations of the crop unless they are given."""
         self.table = table
         self.spec = spec
+        self.views = views or Views(spec.crop, "flips")
         self.cache = cache
         self.reader = VoxelReader(table.store)
 
@@ -76,24 +89,25 @@ class SliceDataset(Dataset):
     def start(self, keys: np.ndarray) -> PendingBatch:
         """Have everything fetched that the samples `keys` (N,) need."""
         cases, names, images, labels = [], [], [], []
-        for row in keys // ORIENTATIONS:
+        for row in keys // self.views.count:
             case, z = self.table.cases[self.table.case[row]], int(self.table.slice[row])
             cases.append(self.table.store.cases[case])
             names.append(f"{self.table.store.path}: {self.table.name(row)}")
             with damage_named(names[-1]):
                 images.append(self.reader.slices(case, "image").start(z))
-                labels.append(self.reader.slices(case, "label").start(z))
+                known = row < self.table.with_ground_truth
+                labels.append(self.reader.slices(case, "label").start(z) if known else None)
         entries = self.cache.start_reading(keys) if self.cache is not None else None
         arrays = self.arrays(np.result_type(*(case.dtype for case in cases)))
         batch = {name: empty_array((len(keys), *shape), dtype) for name, (shape, dtype) in arrays.items()}
         batch["window"][:], batch["keys"][:] = [case.window for case in cases], keys
-        return PendingBatch(self.spec, names, images, labels, entries, batch)
+        return PendingBatch(self.spec, self.views, names, images, labels, entries, batch)
 
     def arrays(self, intensities: np.dtype) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """The arrays of a `RawBatch`: shape a sample and number format."""
         size = self.spec.crop.size
         return {
-            "image": (size, intensities),
+            "image": (size, np.dtype(np.float32) if self.views.in_window else intensities),
             "label": (size, np.dtype(np.uint8)),
             "window": ((2,), np.dtype(np.float32)),
             "keys": ((), np.dtype(np.int64)),
@@ -113,9 +127,11 @@ class Batch(NamedTuple):
     image: Tensor
     """(N, 1, H, W) float32 in [−1, 1]."""
     mask: Tensor
-    """(N, 2, H, W) float32 one-hot: background, target."""
+    """(N, 2, H, W) float32 one-hot: background, target; background where there is no ground truth."""
     index: Tensor
     """(N,) int64 rows in the slice table."""
+    known: Tensor | None
+    """(N,) bool: which masks are ground truth; None if all are."""
     keys: np.ndarray
     """(N,) int64."""
     targets: dict[str, Tensor] | None
@@ -124,14 +140,15 @@ class Batch(NamedTuple):
     """Keys of cached entries that could not be read."""
 
 
-def to_device(raw: RawBatch, spec: SliceSpec, device: torch.device) -> Batch:
-    """Window and one-hot a batch on the training device."""
+def to_device(raw: RawBatch, dataset: SliceDataset, device: torch.device) -> Batch:
+    """Window and one-hot a batch of a dataset on the training device."""
     image, label, window, keys = (x.to(device, non_blocking=True) for x in raw[:4])
-    targets, damaged = raw.entries
+    (targets, damaged), table = raw.entries, dataset.table
     return Batch(
         image=windowed(image, window),
-        mask=one_hot(spec.target(label)),
-        index=keys // ORIENTATIONS,
+        mask=one_hot(dataset.spec.target(label)),
+        index=keys // dataset.views.count,
+        known=keys // dataset.views.count < table.with_ground_truth if table.with_ground_truth < len(table) else None,
         keys=raw.keys.numpy().copy(),
         targets=targets and {name: t.to(device, non_blocking=True) for name, t in targets.items()},
         damaged=damaged,
@@ -143,9 +160,9 @@ def support_set(table: SliceTable, spec: SliceSpec, size: int, seed: int) -> tup
 
     `size` training slices, or all if there are fewer, drawn by the seed.
     """
-    rows = np.sort(np.random.default_rng([seed, 2]).permutation(len(table))[:size])
-    raw = SliceDataset(table, spec).__getitems__(rows * ORIENTATIONS)
-    batch = to_device(raw, spec, torch.device("cpu"))
+    rows = np.sort(np.random.default_rng([seed, 2]).permutation(table.with_ground_truth)[:size])
+    dataset = SliceDataset(table, spec, views=Views(spec.crop))
+    batch = to_device(dataset.__getitems__(rows), dataset, torch.device("cpu"))
     return batch.image, batch.mask[:, 1:], [table.name(row) for row in rows]
 
 

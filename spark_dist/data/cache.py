@@ -82,16 +82,20 @@ class TeacherCache:
         dtype: str,
         canonical: bool = False,
         memory: int = 0,
+        views: int = ORIENTATIONS,
+        orientations: Sequence[int] = tuple(range(ORIENTATIONS)),
     ):
         """`size` is one more than the largest key; `shapes` are those of an entry's targets. `canonical` keeps one
-        entry for a slice, the upright one, which `TeacherTargets` turns; that is not exact. `memory` bytes of decoded
-        entries are kept by TensorStore."""
+        entry for a slice, the first of its `views`, which `TeacherTargets` turns into those `orientations`; that is not
+        exact. `memory` bytes of decoded entries are kept by TensorStore."""
         self.folder = Path(folder)
         self.size = size
         self.shapes = dict(shapes)
         self.dtype = dtype
         self.canonical = canonical
         self.memory = memory
+        self.views = views
+        self.orientations = tuple(orientations)
         self.idle = False
         """Nothing is read or written any more; targets are still rounded as if it were."""
         self._reset_handles()
@@ -122,7 +126,11 @@ class TeacherCache:
 
     def stored(self, keys: np.ndarray) -> np.ndarray:
         """The keys of the entries that hold what samples with these keys need."""
-        return keys // ORIENTATIONS * ORIENTATIONS if self.canonical else keys
+        return keys // self.views * self.views if self.canonical else keys
+
+    def turns(self, keys: np.ndarray) -> np.ndarray:
+        """The orientations of samples, where their views are orientations (see `Views.of`)."""
+        return np.asarray(self.orientations)[keys % self.views % len(self.orientations)]
 
     def refresh(self) -> None:
         """Learn of segments that this or another process has completed."""

@@ -13,6 +13,9 @@ DTYPES = ("float16", "bfloat16", "float32", "int8")
 FEW = 16
 """A target of at most so many values a sample stays in float32: rounding it would save nothing."""
 
+PREDICTION = "prediction"
+"""The target that is the teacher's predicted class in each pixel, (N, H, W): whole numbers."""
+
 SCALE = ".scale"
 """What the array with the scales of an int8 target is called, behind the target's name."""
 
@@ -24,13 +27,15 @@ def layout(shapes: Mapping[str, Sequence[int]], dtype: str) -> dict[str, tuple[t
     """The arrays that hold targets of these shapes a sample: name → (shape a sample, number format)."""
     arrays = {}
     for name, shape in shapes.items():
-        arrays[name] = tuple(shape), stored_dtype(shape, dtype)
+        arrays[name] = tuple(shape), stored_dtype(name, shape, dtype)
         if arrays[name][1] == "int8":
             arrays[name + SCALE] = channels(shape), "float32"
     return arrays
 
 
-def stored_dtype(shape: Sequence[int], dtype: str) -> str:
+def stored_dtype(name: str, shape: Sequence[int], dtype: str) -> str:
+    if name == PREDICTION:
+        return "uint8"
     return "float32" if math.prod(shape) <= FEW else dtype
 
 
@@ -52,7 +57,7 @@ def encode(targets: Mapping[str, Tensor], dtype: str) -> dict[str, np.ndarray]:
     """Targets (N, …) as the arrays that are stored (see `layout`)."""
     arrays = {}
     for name, x in targets.items():
-        x, kind = x.detach().float(), stored_dtype(x.shape[1:], dtype)
+        x, kind = x.detach().float(), stored_dtype(name, x.shape[1:], dtype)
         if kind == "int8":
             flat = x.reshape(len(x), *channels(x.shape[1:]), -1)
             scale = flat.abs().amax(dim=2) / 127
@@ -63,6 +68,8 @@ def encode(targets: Mapping[str, Tensor], dtype: str) -> dict[str, np.ndarray]:
             x = x.clamp(-65504, 65504).half()
         elif kind == "bfloat16":
             x = x.bfloat16()
+        elif kind == "uint8":
+            x = x.to(torch.uint8)
         arrays[name] = as_array(x.cpu().contiguous())
     return arrays
 

@@ -1,72 +1,144 @@
-"""Which slice is seen when, and how it is oriented: a function of (seed, epoch, slice).
+"""Which slice is seen when, and in which view: a function of (seed, epoch, slice).
 
-Nothing here has a state that a checkpoint would need. A sample is named by its key = row in the slice table × 8 +
-orientation, and the teacher cache uses the same keys."""
+Nothing here has a state that a checkpoint would need. A sample is named by its key = row in the slice table × number of
+views + view number, and the teacher cache uses the same keys.
+"""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
 from data_tools.errors import UserError
 
-from .views import ORIENTATIONS
+from .augmentation import UNLIMITED
 
 
-def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+def permutation(n: int, seed: int, epoch: int, stream: int = 0) -> np.ndarray:
     """The order in which an epoch visits n slices."""
-    return np.random.default_rng([seed, 0, epoch]).permutation(n)
+    return np.random.default_rng([seed, 4 * stream, epoch]).permutation(n)
 
 
-def orientations(n: int, seed: int, epoch: int, choices: Sequence[int]) -> np.ndarray:
-    """Each slice's orientation in an epoch, (n,).
+def view_numbers(n: int, seed: int, epoch: int, views: int, stream: int = 0) -> np.ndarray:
+    """Each slice's view in an epoch, (n,).
 
-    A slice goes through all `choices` in a random order once per block of len(choices) epochs, so that each draw is
-    uniform and everything that can be seen has been seen after the first block.
+    A slice goes through all its `views` in a random order once per block of so many epochs, so that each draw is
+    uniform and everything that can be seen has been seen after the first block. If they are unlimited, each epoch has
+    its own.
     """
-    block, position = divmod(epoch, len(choices))
-    orders = np.random.default_rng([seed, 1, block]).permuted(np.tile(np.asarray(choices), (n, 1)), axis=1)
+    if views == UNLIMITED:
+        return np.full(n, epoch)
+    block, position = divmod(epoch, views)
+    orders = np.random.default_rng([seed, 4 * stream + 1, block]).permuted(np.tile(np.arange(views), (n, 1)), axis=1)
     return orders[:, position]
 
 
-def epoch_keys(n: int, seed: int, epoch: int, choices: Sequence[int]) -> np.ndarray:
-    """The keys of the n samples of an epoch, in its order."""
-    order = permutation(n, seed, epoch)
-    return order * ORIENTATIONS + orientations(n, seed, epoch, choices)[order]
+class Stream(NamedTuple):
+    """Slices that are gone through again and again: each pass in another order, with another view of each slice."""
+
+    number: int
+    first: int
+    """Row of the first slice."""
+    size: int
+    """Slices."""
+    each_epoch: int
+    """Samples that an epoch takes of it."""
+
+    def keys(self, start: int, stop: int, seed: int, views: int) -> np.ndarray:
+        """The keys from position `start` to `stop` of the endless sequence."""
+        passes = []
+        for epoch in range(start // self.size, -(-stop // self.size)):
+            order = permutation(self.size, seed, epoch, self.number)
+            numbers = view_numbers(self.size, seed, epoch, views, self.number)[order]
+            passes.append((self.first + order) * views + numbers)
+        begin = start // self.size * self.size
+        return np.concatenate(passes)[start - begin : stop - begin] if passes else np.zeros(0, np.int64)
 
 
-def visited(n: int, seed: int, epochs: Iterable[int], choices: Sequence[int]) -> np.ndarray:
-    """The keys of all samples that some epochs see of n slices, in the order in which they are first seen."""
-    keys = np.concatenate([epoch_keys(n, seed, epoch, choices) for epoch in epochs])
-    return keys[np.sort(np.unique(keys, return_index=True)[1])]
+@dataclass(frozen=True)
+class Order:
+    """The samples of every epoch, and how they form batches; the same for any number of processes.
+
+    An epoch visits every slice at least once. Without unlabelled slices it is cut into ceil(slices / batch_size)
+    batches whose sizes differ by one at the most: no slice is dropped or repeated, and no batch is a tiny remainder.
+    With them, each batch has its share of either kind; the kind that takes more batches to go through determines the
+    epoch, and the other one goes on through further passes.
+    """
+
+    slices: int
+    """Slices with ground truth: the first rows of the slice table."""
+    batch_size: int
+    seed: int
+    views: int = 1
+    """Views of each slice (see `augmentation.Views.count`)."""
+    unlabelled: int = 0
+    """Slices without ground truth: the rows behind them."""
+    share: float = 0.5
+    """Share of unlabelled slices in a batch, where there are any."""
+
+    @cached_property
+    def _of_a_batch(self) -> tuple[int, int]:
+        """Slices with and without ground truth in a full batch."""
+        without = round(self.batch_size * self.share) if self.unlabelled else 0
+        return self.batch_size - without, without
+
+    @cached_property
+    def steps(self) -> int:
+        """Batches in an epoch. Raises `UserError` for a share that leaves one kind out of every batch."""
+        kinds = [(self.slices, self._of_a_batch[0])] + [(self.unlabelled, self._of_a_batch[1])] * bool(self.unlabelled)
+        if not all(number for _, number in kinds):
+            raise UserError(
+                f"--unlabelled-share {self.share:g}: batches of {self.batch_size} would have "
+                f"{self._of_a_batch[0]} slices with ground truth and {self._of_a_batch[1]} without; change one of them"
+            )
+        return max(-(-size // number) for size, number in kinds)
+
+    @cached_property
+    def streams(self) -> tuple[Stream, ...]:
+        """The slices with ground truth, and those without."""
+        sizes = [(0, self.slices, self._of_a_batch[0])]
+        if self.unlabelled:
+            sizes.append((self.slices, self.unlabelled, self._of_a_batch[1]))
+        return tuple(
+            Stream(k, first, size, size if -(-size // number) == self.steps else self.steps * number)
+            for k, (first, size, number) in enumerate(sizes)
+        )
+
+    def sizes(self, step: int) -> list[int]:
+        """How many samples of each stream a batch has."""
+        return [s.each_epoch * (step + 1) // self.steps - s.each_epoch * step // self.steps for s in self.streams]
+
+    def epoch(self, epoch: int) -> list[list[np.ndarray]]:
+        """The batches of an epoch, each as the keys of either stream."""
+        whole = [s.keys(epoch * s.each_epoch, (epoch + 1) * s.each_epoch, self.seed, self.views) for s in self.streams]
+        cuts = [[s.each_epoch * step // self.steps for step in range(1, self.steps)] for s in self.streams]
+        return [list(parts) for parts in zip(*map(np.split, whole, cuts), strict=True)]
+
+    def visited(self, epochs: Iterable[int]) -> np.ndarray:
+        """The keys of all samples that some epochs see, in the order in which they are first seen."""
+        keys = np.concatenate([part for epoch in epochs for batch in self.epoch(epoch) for part in batch])
+        return keys[np.sort(np.unique(keys, return_index=True)[1])]
 
 
 class EpochSampler:
     """Yields this process's share of each part of each global batch of an epoch, as keys.
 
-    An epoch is cut into ceil(n / batch_size) batches whose sizes differ by one at the most, each batch into
-    `accumulate` parts likewise, and each part into the processes' shares: no slice is dropped or repeated, and no batch
-    is a tiny remainder. Parts do not depend on the number of processes.
+    Each batch is cut into `accumulate` parts, and each part into the processes' shares, evenly and each kind of slices
+    for itself. Parts do not depend on the number of processes.
     """
 
-    def __init__(
-        self,
-        n: int,
-        batch_size: int,
-        seed: int,
-        choices: Sequence[int],
-        rank: int = 0,
-        world: int = 1,
-        accumulate: int = 1,
-    ):
-        self.n, self.seed, self.choices, self.rank, self.world = n, seed, tuple(choices), rank, world
-        self.accumulate = accumulate
-        self.steps = -(-n // batch_size)
-        if not self.smallest:
+    def __init__(self, order: Order, rank: int = 0, world: int = 1, accumulate: int = 1):
+        self.order, self.rank, self.world, self.accumulate = order, rank, world, accumulate
+        self.steps = order.steps
+        if not all(self.fewest):
             parts = f", each in {accumulate} parts," if accumulate > 1 else ""
+            kind = f" of each kind (--unlabelled-share {order.share:g})" if order.unlabelled else ""
             raise UserError(
-                f"{n} training slices in batches of {batch_size}{parts} leave some of {world} processes without a "
-                "slice; use fewer processes or a larger --batch-size"
+                f"{order.slices + order.unlabelled} training slices in batches of {order.batch_size}{parts} leave some "
+                f"of {world} processes without a slice{kind}; use fewer processes or a larger --batch-size"
             )
         self.epoch = 0
         self.start = 0
@@ -74,29 +146,32 @@ class EpochSampler:
     @property
     def largest_share(self) -> int:
         """The most slices that this process has at a time."""
-        part = math.ceil(math.ceil(self.n / self.steps) / self.accumulate)
-        return math.ceil(part / self.world)
+        per_batch = (math.ceil(stream.each_epoch / self.steps) for stream in self.order.streams)
+        return sum(math.ceil(math.ceil(size / self.accumulate) / self.world) for size in per_batch)
+
+    @property
+    def fewest(self) -> list[int]:
+        """The fewest slices of each kind that any process has at a time."""
+        return [stream.each_epoch // self.steps // self.accumulate // self.world for stream in self.order.streams]
 
     @property
     def smallest(self) -> int:
         """The fewest slices that any process has at a time."""
-        return self.n // self.steps // self.accumulate // self.world
+        return sum(self.fewest)
 
     def __len__(self) -> int:
         return (self.steps - self.start) * self.accumulate
 
     def __iter__(self) -> Iterator[list[int]]:
-        keys = epoch_keys(self.n, self.seed, self.epoch, self.choices)
-        for step in range(self.start, self.steps):
-            low, high = self.n * step // self.steps, self.n * (step + 1) // self.steps
-            for part in np.array_split(keys[low:high], self.accumulate):
-                yield np.array_split(part, self.world)[self.rank].tolist()
+        for batch in self.order.epoch(self.epoch)[self.start :]:
+            for parts in zip(*(np.array_split(keys, self.accumulate) for keys in batch), strict=True):
+                yield np.concatenate([np.array_split(part, self.world)[self.rank] for part in parts]).tolist()
 
     def weight(self, part: int) -> float:
-        """What this process's mean loss over a part counts in the average over processes and over the batch's parts,
-        so that it is the global batch's mean. Parts are counted through the epoch."""
+        """The factor on this process's mean loss over a part, with which the average over processes and over the
+        batch's parts is the mean over the global batch. Parts are counted through the epoch."""
         step, place = divmod(part, self.accumulate)
-        size = self.n * (step + 1) // self.steps - self.n * step // self.steps
-        part = size // self.accumulate + (place < size % self.accumulate)
-        share = part // self.world + (self.rank < part % self.world)
-        return share * self.world * self.accumulate / size
+        sizes = self.order.sizes(step)
+        parts = [size // self.accumulate + (place < size % self.accumulate) for size in sizes]
+        share = sum(size // self.world + (self.rank < size % self.world) for size in parts)
+        return share * self.world * self.accumulate / sum(sizes)

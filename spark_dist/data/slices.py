@@ -29,9 +29,16 @@ class SliceTable:
     """(n,) position of each slice's case in `cases`."""
     slice: np.ndarray
     """(n,) each slice's index in its case."""
+    unlabelled: int = 0
+    """How many slices, the last ones, count as without ground truth, whatever the store knows of them."""
 
     def __len__(self) -> int:
         return len(self.case)
+
+    @property
+    def with_ground_truth(self) -> int:
+        """How many slices, the first ones, have ground truth."""
+        return len(self) - self.unlabelled
 
     def name(self, row: int) -> str:
         """A slice as a person would name it."""
@@ -43,6 +50,8 @@ class SliceTable:
         facts = [[name, c.source, c.window, c.shape] for name in self.cases for c in [self.store.cases[name]]]
         digest = hashlib.sha256(json.dumps([facts, self.store.attributes["labels"]], sort_keys=True).encode())
         digest.update(np.stack([self.case, self.slice]).astype(np.int64).tobytes())
+        if self.unlabelled:
+            digest.update(str(self.unlabelled).encode())
         return digest.hexdigest()[:16]
 
 
@@ -64,6 +73,29 @@ def slice_table(store: Store, split: str, part: str, task: str, slices: str = "l
         )
     case, index = np.array(rows, dtype=np.int32).T
     return SliceTable(store=store, cases=cases, case=case, slice=index)
+
+
+def with_unlabelled(table: SliceTable, split: str) -> SliceTable:
+    """A table of training slices, and behind them all slices of the split's unlabelled cases.
+
+    Raises `UserError` if the split has none.
+    """
+    store, cases = table.store, tuple(table.store.split(split, "unlabelled"))
+    if not cases:
+        raise UserError(
+            f"{store.path}: split '{split}' has no unlabelled case; prepare some with spark-data prepare --unlabelled "
+            "and make another split, or leave out --unlabelled-share"
+        )
+    depths = [store.cases[name].shape[0] for name in cases]
+    case = np.repeat(np.arange(len(cases)), depths) + len(table.cases)
+    index = np.concatenate([np.arange(depth) for depth in depths])
+    return SliceTable(
+        store=store,
+        cases=table.cases + cases,
+        case=np.concatenate([table.case, case]).astype(np.int32),
+        slice=np.concatenate([table.slice, index]).astype(np.int32),
+        unlabelled=len(index),
+    )
 
 
 def part_of_split(store: Store, split: str, part: str) -> tuple[str, ...]:

@@ -52,6 +52,19 @@ class Crop:
             placed.append(slice(low - start, max(low, high) - start))
         return tuple(inside), tuple(placed)
 
+    def centred(self) -> np.ndarray:
+        """The map (3×3) from (row, column) in the crop to what is left of it from the crop's centre."""
+        rows, columns = self.size
+        return np.array([[1, 0, -(rows - 1) / 2], [0, 1, -(columns - 1) / 2], [0, 0, 1]])
+
+    def centre_of(self, plane: tuple[int, int]) -> np.ndarray:
+        """The map (3×3) from (row, column) off the crop's centre to (row, column) in a slice of size `plane`."""
+        starts = [
+            (length - size) // 2 + shift for length, size, shift in zip(plane, self.size, self.shift, strict=True)
+        ]
+        rows, columns = (start + (size - 1) / 2 for start, size in zip(starts, self.size, strict=True))
+        return np.array([[1, 0, rows], [0, 1, columns], [0, 0, 1]])
+
     def of(self, image: np.ndarray, fill: float) -> np.ndarray:
         """The crop of a slice (H, W): a view of it, or a copy with `fill` where the crop reaches beyond."""
         inside, placed = self.overlap(image.shape)
@@ -94,6 +107,13 @@ def orient(image: np.ndarray, orientation: int) -> np.ndarray:
     if transposed:
         image = cv2.transpose(image)
     return cv2.flip(image, FLIP_CODES[flipped]) if flipped else image
+
+
+def orientation_matrix(orientation: int) -> np.ndarray:
+    """The map (3×3) from (row, column) off the centre of an oriented slice to that off the slice's own centre."""
+    transposed, flipped = TURNS[orientation]
+    signs = np.diag([-1.0 if axis in flipped else 1.0 for axis in (-2, -1)] + [1.0])
+    return np.eye(3)[[1, 0, 2]] @ signs if transposed else signs
 
 
 def orient_batch(x: Tensor, orientations: np.ndarray) -> Tensor:

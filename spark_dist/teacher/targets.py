@@ -3,12 +3,13 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spark_dist.data.batches import Batch
 from spark_dist.data.cache import TeacherCache
-from spark_dist.data.number_formats import decode
-from spark_dist.data.views import ORIENTATIONS, orient_batch, upright_batch
+from spark_dist.data.number_formats import PREDICTION, decode
+from spark_dist.data.views import orient_batch, upright_batch
 from spark_dist.distillers.base import Distiller
 from spark_dist.networks.base import NetworkOutput
 
@@ -19,7 +20,16 @@ class TeacherTargets:
     Without a teacher (`None`) there are no targets.
     """
 
-    def __init__(self, teacher: nn.Module | None, distiller: Distiller, cache: TeacherCache | None, autocast: Callable):
+    def __init__(
+        self,
+        teacher: nn.Module | None,
+        distiller: Distiller,
+        cache: TeacherCache | None,
+        autocast: Callable,
+        predicts: bool = False,
+    ):
+        """With `predicts`, the teacher's prediction is among the targets: it is the mask of slices that have none."""
+        self.predicts = predicts
         self.teacher = teacher and teacher.eval().requires_grad_(False)
         self.distiller = distiller
         self.cache = cache
@@ -27,11 +37,19 @@ class TeacherTargets:
         self.forwards = self.hits = self.damaged = 0
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        """The method's targets for a batch (see `Distiller.teacher_targets`), in float32."""
+    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The masks (N, C, H, W) that a batch is learned from, the ground truth or where there is none the teacher's
+        prediction; and the method's targets (see `Distiller.teacher_targets`), in float32."""
         if self.teacher is None:
-            return {}
-        turns = batch.keys % ORIENTATIONS if self.cache is not None and self.cache.canonical else None
+            return batch.mask, {}
+        targets = self.targets(batch)
+        if batch.known is None:
+            return batch.mask, targets
+        return completed(batch.mask, batch.known, targets.pop(PREDICTION).long()), targets
+
+    def targets(self, batch: Batch) -> dict[str, Tensor]:
+        """The targets of a batch, the prediction included."""
+        turns = self.cache.turns(batch.keys) if self.cache is not None and self.cache.canonical else None
         if batch.targets is not None:
             self.hits += len(batch.keys)
             targets = decode(batch.targets)
@@ -41,7 +59,7 @@ class TeacherTargets:
             image, mask = batch.image, batch.mask
             if turns is not None:
                 image, mask = upright_batch(image, turns), upright_batch(mask, turns)
-            targets = self.compute(image, mask)
+            targets = self.compute(image, mask, batch.known)
             if self.cache is not None:
                 self.cache.mark_missing(batch.damaged)
                 targets = self.cache.add(self.cache.stored(batch.keys), targets)
@@ -50,13 +68,25 @@ class TeacherTargets:
         return {name: orient_batch(x, turns) if x.ndim > 2 else x for name, x in targets.items()}
 
     @torch.no_grad()
-    def compute(self, image: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """The targets of images (N, 1, H, W) and masks (N, 2, H, W), by a forward pass."""
+    def compute(self, image: Tensor, mask: Tensor, known: Tensor | None = None) -> dict[str, Tensor]:
+        """The targets of images (N, 1, H, W) and masks (N, C, H, W), of which those `known` (N,) are ground truth, by a
+        forward pass."""
         with self.autocast():
-            output = self.teacher(image)
-        return self.distiller.teacher_targets(NetworkOutput(*(t.float() for t in output)), mask)
+            output = NetworkOutput(*(t.float() for t in self.teacher(image)))
+        if not self.predicts:
+            return self.distiller.teacher_targets(output, mask)
+        prediction = output.logits.argmax(dim=1)
+        if known is not None:
+            mask = completed(mask, known, prediction)
+        return self.distiller.teacher_targets(output, mask) | {PREDICTION: prediction}
 
     def flush(self) -> None:
         """Write what was computed, so that it can be read."""
         if self.cache is not None:
             self.cache.flush()
+
+
+def completed(mask: Tensor, known: Tensor, prediction: Tensor) -> Tensor:
+    """Masks (N, C, H, W) in which those that are not `known` (N,) are the predicted classes (N, H, W), one-hot."""
+    predicted = F.one_hot(prediction, mask.shape[1]).movedim(-1, 1).to(mask.dtype)
+    return torch.where(known.view(-1, 1, 1, 1), mask, predicted)

@@ -41,9 +41,13 @@ def try_cache(targets: TeacherTargets, cache: TeacherCache, batch: Batch) -> Tri
 
     device = batch.image.device
     aside = cache.folder / f"trial-{uuid.uuid4().hex[:8]}.tmp"
-    trial = TeacherCache(aside, cache.size, cache.shapes, cache.dtype, cache.canonical, cache.memory)
-    exact = targets.compute(batch.image, batch.mask)
-    given = TeacherTargets(targets.teacher, targets.distiller, trial, targets.autocast)(batch)
+    trial = TeacherCache(
+        aside, cache.size, cache.shapes, cache.dtype, cache.canonical, cache.memory, cache.views, cache.orientations
+    )
+    exact = targets.compute(batch.image, batch.mask, batch.known)
+    again = TeacherTargets(targets.teacher, targets.distiller, trial, targets.autocast, targets.predicts)
+    given = again.targets(batch)
+    exact = {name: x.float() for name, x in exact.items()}
     error = {name: float((given[name] - x).norm() / x.norm().clamp(min=1e-12)) for name, x in exact.items()}
     trial.flush()
 
@@ -52,7 +56,7 @@ def try_cache(targets: TeacherTargets, cache: TeacherCache, batch: Batch) -> Tri
         return decode({name: x.to(device) for name, x in arrays.items()})
 
     try:
-        forward = seconds(lambda: targets.compute(batch.image, batch.mask))
+        forward = seconds(lambda: targets.compute(batch.image, batch.mask, batch.known))
         return Trial(forward, float("inf") if trial.full else seconds(read), error)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

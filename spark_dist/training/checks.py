@@ -8,6 +8,7 @@ from data_tools.split import PARTS
 from data_tools.store import Store
 from spark_dist.config import DistillOptions, TrainingOptions
 from spark_dist.data.order import EpochSampler
+from spark_dist.data.slices import SliceTable
 from spark_dist.distillers import DISTILLERS, build_distiller
 from spark_dist.networks import build_network
 from spark_dist.networks.checkpoint import load_card
@@ -36,15 +37,15 @@ def check_crop(store: Store, options: TrainingOptions) -> None:
                 )
 
 
-def check_shares(options: TrainingOptions, slices: int, processes: int) -> None:
+def check_shares(options: TrainingOptions, table: SliceTable, processes: int) -> None:
     """Raises `UserError` if some process gets too few of a batch's slices to train, or to learn by the method."""
     o = options
-    sampler = EpochSampler(slices, o.batch_size, o.seed, o.orientation_choices, 0, processes, o.accumulate)
+    sampler = EpochSampler(o.order(table), 0, processes, o.accumulate)
     fewest = DISTILLERS[o.method].fewest_slices if isinstance(o, DistillOptions) else 1
     if sampler.smallest < fewest:
         raise UserError(
             f"method {o.method} compares the slices that a process has with each other and learns nothing from fewer "
-            f"than {fewest}; {slices} slices in batches of {o.batch_size}, on {processes} processes and in "
+            f"than {fewest}; {len(table)} slices in batches of {o.batch_size}, on {processes} processes and in "
             f"{o.accumulate} parts, leave {sampler.smallest} to one: raise --batch-size, or use fewer processes or a "
             "smaller --accumulate"
         )
@@ -56,15 +57,23 @@ def check(options: DistillOptions) -> None:
         raise UserError(
             "--teacher-checkpoint is of a teacher that is trained already; leave out --rounds and --together"
         )
-    if options.together == "live" and (options.rounds > 1 or options.teacher_epochs):
+    if options.together == "live" and (options.rounds > 1 or options.teacher_epochs or options.teacher_steps):
         raise UserError(
             "--together live trains both networks at every step; leave out --rounds, and set --teacher-epochs 0 if a "
             "recipe sets it"
         )
-    if not 1 <= options.rounds <= min(options.epochs, options.teacher_epochs or options.epochs):
+    if options.together == "live" and options.unlabelled_share:
         raise UserError(
-            f"--rounds {options.rounds} must be at least 1, and at most the number of epochs of each network"
+            "--unlabelled-share takes the prediction of a teacher that is trained already; leave out --together live"
         )
+    if options.cache == "canonical" and options.slice_views.drawn:
+        raise UserError("--cache canonical turns one entry into all orientations; use it with --augment none or flips")
+    if options.cache in ("on", "canonical") and options.views < 0:
+        raise UserError(
+            "--views -1 shows each view of a slice only once, and no cache can keep that; use --cache off or auto"
+        )
+    if not (options.steps or options.teacher_steps):
+        check_rounds(options.rounds, options.epochs, options.teacher_epochs or options.epochs)
     teacher = check_network(options, options.teacher, options.teacher_width)
     student = check_network(options, options.student, options.student_width)
     with torch.device("meta"):
@@ -83,3 +92,9 @@ def check(options: DistillOptions) -> None:
                     f"{path}: holds a {card.network} for task {card.spec.task}, "
                     f"but --{option} says {getattr(options, option)}"
                 )
+
+
+def check_rounds(rounds: int, epochs: int, teacher_epochs: int) -> None:
+    """Raises `UserError` for more rounds than a network has epochs."""
+    if rounds > min(epochs, teacher_epochs):
+        raise UserError(f"--rounds {rounds} must be at least 1, and at most the number of epochs of each network")

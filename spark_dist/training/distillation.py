@@ -21,11 +21,13 @@ class Distillation(nn.Module):
         self.distiller = distiller
         self.teacher = teacher
 
-    def forward(self, image: Tensor, mask: Tensor, targets: dict[str, Tensor], index: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, image: Tensor, mask: Tensor, targets: dict[str, Tensor], index: Tensor, known: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Named, weighted loss terms of a batch (see `Distiller.forward`); image (N, 1, H, W). A teacher's own is
         called `teacher`, and its `targets` take the place of those given."""
         if self.teacher is None:
-            return self.distiller(self.student(image), targets, mask, index)
+            return self.distiller(self.student(image), targets, mask, index, *([] if known is None else [known]))
         output = self.teacher(image)
         with torch.no_grad():
             targets = self.distiller.teacher_targets(NetworkOutput(*(t.detach().float() for t in output)), mask)

@@ -1,6 +1,7 @@
 """A job's trained teacher: what it says to the student, and the cache of that."""
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,7 @@ from data_tools.ownership import owned, remove_owned
 from data_tools.report import bytes_text
 from spark_dist.data.batches import SliceDataset, to_device
 from spark_dist.data.cache import TeacherCache
-from spark_dist.data.number_formats import entry_bytes
-from spark_dist.data.order import visited
-from spark_dist.data.views import ORIENTATIONS
+from spark_dist.data.number_formats import PREDICTION, entry_bytes
 from spark_dist.distillers import build_distiller
 from spark_dist.distillers.base import Distiller
 from spark_dist.networks.base import Taps
@@ -29,14 +28,15 @@ from .job import Job
 def distiller_between(job: Job, student: Taps, teacher: Taps) -> Distiller:
     """The job's method for two networks."""
     o = job.options
-    return build_distiller(o.method, student=student, teacher=teacher, samples=len(job.table), **o.weights)
+    return build_distiller(o.method, student=student, teacher=teacher, samples=len(job.transfer_table), **o.weights)
 
 
 def frozen_teacher(job: Job, checkpoint: Path, student: Taps) -> tuple[TeacherTargets, ModelCard]:
     """What a saved teacher says to a student with these taps, without a cache, and the teacher's card."""
     teacher, card = load_network(checkpoint)
     distiller = distiller_between(job, student, teacher.taps)
-    return TeacherTargets(teacher.to(job.accelerator.device), distiller, None, job.accelerator.autocast), card
+    predicts, device = job.transfer_table.unlabelled > 0, job.accelerator.device
+    return TeacherTargets(teacher.to(device), distiller, None, job.accelerator.autocast, predicts), card
 
 
 def only_generation(job: Job, folder: Path) -> None:
@@ -64,7 +64,10 @@ def kin(folder: Path) -> dict[str, Any] | None:
 def matching_cache(job: Job, targets: TeacherTargets, card: ModelCard) -> TeacherCache:
     """The cache of this teacher, method, crop and data; `card` is the teacher's."""
     o, crop = job.options, job.options.slice_spec.crop
+    table, views = job.transfer_table, o.slice_views
     probe, shapes = probe_targets(targets.distiller, targets.teacher.taps, crop.size)
+    if targets.predicts:
+        shapes[PREDICTION] = list(crop.size)
     description = {
         "teacher": card.network,
         "teacher_width": card.width,
@@ -75,13 +78,19 @@ def matching_cache(job: Job, targets: TeacherTargets, card: ModelCard) -> Teache
         "crop": crop.size,
         "crop_shift": crop.shift,
         "dataset": o.dataset.stem,
-        "slices": job.table.fingerprint,
+        "slices": table.fingerprint,
+        "views": {**asdict(views), "count": views.count} if views.drawn else sorted(views.orientations),
         "task": o.task,
         "dtype": o.cache_dtype,
         "mixed_precision": job.accelerator.mixed_precision,
     }
-    size = len(job.table) * ORIENTATIONS
-    settings = {"canonical": o.cache == "canonical", "memory": o.cache_memory * 2**20}
+    size = len(table) * views.count
+    settings = {
+        "canonical": o.cache == "canonical",
+        "memory": o.cache_memory * 2**20,
+        "views": views.count,
+        "orientations": views.orientations,
+    }
     cache = open_cache(o.cache_folder, description, size, shapes, o.cache_dtype, **settings)
     job.accelerator.wait_for_everyone()
     return cache
@@ -92,14 +101,16 @@ def weigh(job: Job, targets: TeacherTargets, cache: TeacherCache, epochs: range)
     of no use. Training is the same with an idle cache, which still rounds.
     """
     o, accelerator, device = job.options, job.accelerator, job.accelerator.device
-    choices, n = o.orientation_choices, len(job.table)
-    keys = np.array([row * ORIENTATIONS + choices[(row + 1) % len(choices)] for row in range(min(4, n))])
-    batch = to_device(SliceDataset(job.table, o.slice_spec).__getitems__(keys), o.slice_spec, device)
+    order, table = o.order(job.transfer_table), job.transfer_table
+    keys = np.array([row * cache.views + (row + 1) % cache.views for row in range(min(4, len(table)))])
+    dataset = SliceDataset(table, o.slice_spec, views=o.slice_views)
+    batch = to_device(dataset.__getitems__(keys), dataset, device)
     found = try_cache(targets, cache, batch)
     forward, read = accelerator.reduce(torch.tensor([found.forward, found.read], device=device), "mean").tolist()
 
-    planned = np.unique(cache.stored(visited(n, o.seed, epochs, choices)))
-    missing, seen = int(cache.missing(planned).sum()), n * len(epochs)
+    planned = np.unique(cache.stored(order.visited(epochs)))
+    missing = int(cache.missing(planned).sum())
+    seen = sum(stream.each_epoch for stream in order.streams) * len(epochs)
     needed = missing * entry_bytes(cache.shapes, cache.dtype)
     free = shutil.disk_usage(cache.folder).free
     live, cached = seen * forward, missing * forward + (seen - missing) * read

@@ -17,7 +17,7 @@ from data_tools.files import write_text
 from data_tools.progress import console
 from data_tools.store import Store, open_store
 from spark_dist.config import TrainingOptions
-from spark_dist.data.slices import SliceTable, slice_table
+from spark_dist.data.slices import SliceTable, slice_table, with_unlabelled
 
 from .checks import check_crop, check_shares
 from .distributed import listen_for_stop, make_accelerator, shut_down
@@ -54,13 +54,23 @@ class Job:
 
     @cached_property
     def table(self) -> SliceTable:
-        """The training slices."""
-        return slice_table(self.store, self.options.split, "train", self.options.task, self.options.slices)
+        """The training slices with ground truth."""
+        return training_table(self.store, self.options)
+
+    @cached_property
+    def transfer_table(self) -> SliceTable:
+        """The slices that a student learns from: with `--unlabelled-share`, those without ground truth too."""
+        return with_unlabelled(self.table, self.options.split) if self.options.unlabelled_share else self.table
 
     def say(self, text: str) -> None:
         """A line for people, once per job."""
         if self.accelerator.is_main_process:
             console.print(text)
+
+
+def training_table(store: Store, options: TrainingOptions) -> SliceTable:
+    """The training slices with ground truth."""
+    return slice_table(store, options.split, "train", options.task, options.slices)
 
 
 @contextmanager
@@ -72,13 +82,15 @@ def open_job(options: TrainingOptions, tags: Mapping[str, Any]) -> Iterator[Job]
     store = open_store(options.dataset)
     for part in ("train", "val", "test"):
         slice_table(store, options.split, part, options.task)
-    slices = slice_table(store, options.split, "train", options.task, options.slices)
+    table = training_table(store, options)
     check_crop(store, options)
     listen_for_stop()
     accelerator = make_accelerator(options.accumulate, options.clip, options.timeout_minutes)
     if options.sync_batchnorm and accelerator.device.type != "cuda":
         raise UserError("--sync-batchnorm needs GPUs; leave it out on CPUs")
-    check_shares(options, len(slices), accelerator.num_processes)
+    check_shares(options, table, accelerator.num_processes)
+    if getattr(options, "unlabelled_share", 0):
+        check_shares(options, with_unlabelled(table, options.split), accelerator.num_processes)
     claim(options.folder, options, accelerator)
     facts = {"world_size": accelerator.num_processes, "git_commit": git_commit(), "seed": options.seed}
     facts |= {"dataset": options.dataset.stem, "task": options.task, **tags}

@@ -16,11 +16,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from data_tools.errors import Interrupted, UserError
 from data_tools.progress import console, progress_bar
 from spark_dist.config import TrainingOptions
-from spark_dist.data.batches import Batch, to_device
+from spark_dist.data.batches import Batch, SliceDataset, to_device
 from spark_dist.data.loader import Prefetcher
 from spark_dist.data.order import EpochSampler
-from spark_dist.data.slices import SliceTable
-from spark_dist.data.views import ORIENTATIONS
 from spark_dist.networks.checkpoint import ModelCard, load_weights, save_network
 from spark_dist.teacher.targets import TeacherTargets
 
@@ -58,7 +56,7 @@ def fit(
     saved = {"model": distillation, "optimizer": state_of_optimizer, "average": average, "scaler": scaler}
     state = {"epoch": 0, "step": 0, "best": -1.0, "losses": []} | resume(accelerator, folder, saved)
     done = state["epoch"] * sampler.steps + state["step"]
-    losses = Losses(accelerator, loader.dataset.table, sampler.accumulate, state["losses"])
+    losses = Losses(accelerator, loader.dataset, sampler.accumulate, state["losses"])
     pace = Pace(accelerator, options.checkpoint_minutes, options.checkpoint_steps, done)
     with progress_bar(folder.name, epochs * sampler.steps, done, accelerator.is_main_process) as advance:
         for epoch in range(state["epoch"], until):
@@ -70,9 +68,9 @@ def fit(
             for part, raw in enumerate(loader, start=sampler.start * sampler.accumulate):
                 # Dropout and masks depend on where the run is, not on how it came here.
                 torch.manual_seed(step_seed(options.seed, epoch, part, accelerator.process_index))
-                batch = to_device(raw, loader.dataset.spec, accelerator.device)
+                batch = to_device(raw, loader.dataset, accelerator.device)
                 with accelerator.accumulate(model):
-                    terms = model(batch.image, batch.mask, teacher(batch), batch.index)
+                    terms = model(batch.image, *teacher(batch), batch.index, batch.known)
                     accelerator.backward(sum(terms.values()) * sampler.weight(part))
                     if options.clip and accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(distillation.parameters(), options.clip)
@@ -95,7 +93,7 @@ def fit(
                         raise Interrupted(f"stopped as told after epoch {epoch + 1} step {step}; resumes there")
                 advance(f"epoch {epoch + 1}/{epochs} loss {losses.latest:.3f} best {max(state['best'], 0):.3f}")
             figures = {"lr": lr, "train/loss_epoch": losses.epoch_mean()}
-            if (epoch + 1) % options.val_every == 0 or epoch + 1 == until:
+            if options.validates(epoch, sampler.steps) or epoch + 1 == until:
                 # Each process has seen other samples: the running statistics are those of the main process.
                 broadcast([*distillation.buffers(), *student.buffers()])
                 figures |= validate(student)
@@ -185,9 +183,9 @@ def resume(accelerator: Accelerator, folder: Path, saved: dict[str, Any]) -> dic
 class Losses:
     """Loss terms wait on the device until they are wanted, so that no step waits for the device."""
 
-    def __init__(self, accelerator: Accelerator, table: SliceTable, accumulate: int, epoch: list[float]):
+    def __init__(self, accelerator: Accelerator, dataset: SliceDataset, accumulate: int, epoch: list[float]):
         """`epoch` holds the losses of the epoch's steps so far."""
-        self.accelerator, self.table, self.accumulate, self.epoch = accelerator, table, accumulate, epoch
+        self.accelerator, self.dataset, self.accumulate, self.epoch = accelerator, dataset, accumulate, epoch
         self.waiting: list[tuple[Batch, dict[str, Tensor], float]] = []
         self.latest = math.nan
 
@@ -216,11 +214,11 @@ class Losses:
         """Name the slices of the first batch whose loss is not finite, on whichever process they were."""
         first = int((~parts.isfinite()).any(dim=1).nonzero()[0])
         keys = [] if local[first].isfinite().all() else self.waiting[first][0]
-        rows = sorted({int(key) // ORIENTATIONS for part in gather_object([keys]) for key in part})
+        rows = sorted({int(key) // self.dataset.views.count for part in gather_object([keys]) for key in part})
         raise UserError(
             "the loss is not finite ("
             + ", ".join(f"{name} {value:g}" for name, value in zip(names, parts[first].tolist(), strict=True))
-            + f") in the batch of {', '.join(self.table.name(row) for row in rows)}; "
+            + f") in the batch of {', '.join(self.dataset.table.name(row) for row in rows)}; "
             "look at these slices, or lower --lr or the method's weights"
         )
 

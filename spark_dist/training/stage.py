@@ -85,16 +85,11 @@ def train_stage(
         accelerator, options, f"{role} {name}", folder, stage_tags(role, card, network), job.tracker
     ) as tracker:
         model, targets = teaching(network)
+        table = job.transfer_table if targets.teacher is not None else job.table
         sampler = EpochSampler(
-            len(job.table),
-            options.batch_size,
-            options.seed,
-            options.orientation_choices,
-            accelerator.process_index,
-            accelerator.num_processes,
-            options.accumulate,
+            options.order(table), accelerator.process_index, accelerator.num_processes, options.accumulate
         )
-        dataset = SliceDataset(job.table, options.slice_spec, targets.cache)
+        dataset = SliceDataset(table, options.slice_spec, targets.cache, options.slice_views)
         loader = training_loader(dataset, sampler, options.workers)
         if options.sync_batchnorm:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -230,7 +230,7 @@ def test_auto_takes_the_faster_to_the_same_weights(job, tmp_path):
         "reading": "c.TeacherCache.start_reading = dawdle(c.TeacherCache.start_reading)\n",
     }
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    job = (*job, "--augment", "false")  # Else, nothing is seen twice in so few epochs.
+    job = (*job, "--augment", "none")  # Else, nothing is seen twice in so few epochs.
     said = {}
     for name, code in dawdling.items():
         code = start + code + "from spark_dist.cli import main; sys.exit(main(sys.argv[1:]))"

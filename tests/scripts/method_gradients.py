@@ -6,7 +6,7 @@ import torch
 from method_network import distillation, freeze_statistics, made_up_targets
 from safetensors.torch import save_file
 
-from spark_dist.data.order import EpochSampler
+from spark_dist.data.order import EpochSampler, Order
 from spark_dist.distillers import DISTILLERS
 from spark_dist.networks import NetworkOutput
 from spark_dist.training.distributed import make_accelerator, shut_down
@@ -14,7 +14,7 @@ from spark_dist.training.distributed import make_accelerator, shut_down
 N, SIDE = 5, 32
 
 accelerator = make_accelerator()
-sampler = EpochSampler(N, N, 0, (0,), accelerator.process_index, accelerator.num_processes)
+sampler = EpochSampler(Order(N, N, 0), accelerator.process_index, accelerator.num_processes)
 mine = torch.tensor([key // 8 for key in next(iter(sampler))])
 gradients = {}
 for method in sorted(DISTILLERS):

@@ -7,7 +7,7 @@ import torch
 from method_network import distillation, freeze_statistics, made_up_targets
 from safetensors.torch import save_file
 
-from spark_dist.data.order import EpochSampler
+from spark_dist.data.order import EpochSampler, Order
 from spark_dist.distillers import DISTILLERS
 from spark_dist.training.distributed import make_accelerator, shut_down
 
@@ -20,7 +20,7 @@ for method in sorted(DISTILLERS):
     image, mask, output = made_up_targets(N, SIDE)
     model, optimizer = accelerator.prepare(module, torch.optim.Adam(module.parameters(), lr=1e-3))
     freeze_statistics(module)
-    sampler = EpochSampler(N, BATCH, 0, (0,), accelerator.process_index, accelerator.num_processes)
+    sampler = EpochSampler(Order(N, BATCH, 0), accelerator.process_index, accelerator.num_processes)
     for epoch in range(STEPS // sampler.steps):
         sampler.epoch = epoch
         for step, keys in enumerate(sampler):

@@ -6,11 +6,12 @@ import torch
 
 from data_tools.ownership import fingerprint
 from data_tools.store import open_store
+from spark_dist.data.augmentation import Views
 from spark_dist.data.batches import SliceDataset, to_device
 from spark_dist.data.cache import TeacherCache
 from spark_dist.data.loader import training_loader
 from spark_dist.data.number_formats import DTYPES, ROUNDING, as_tensor, decode, encode, entry_bytes, layout
-from spark_dist.data.order import EpochSampler
+from spark_dist.data.order import EpochSampler, Order
 from spark_dist.data.slices import slice_table
 from spark_dist.data.views import ORIENTATIONS, Crop, SliceSpec, orient_batch, upright_batch
 from spark_dist.distillers import DISTILLERS, build_distiller
@@ -151,11 +152,12 @@ def test_cached_losses_equal_live_ones_in_all_orientations(tiny_store, tmp_path,
     keys = [row * ORIENTATIONS + row for row in range(ORIENTATIONS)]
 
     def losses(cache):
-        raw = SliceDataset(table, SPEC, cache).__getitems__(keys)
-        batch = to_device(raw, SPEC, torch.device("cpu"))
+        dataset = SliceDataset(table, SPEC, cache)
+        batch = to_device(dataset.__getitems__(keys), dataset, torch.device("cpu"))
         targets = TeacherTargets(teacher, distiller, cache, nullcontext)
         torch.manual_seed(1)
-        terms = distiller(student(batch.image), targets(batch), batch.mask, batch.index)
+        mask, known = targets(batch)
+        terms = distiller(student(batch.image), known, mask, batch.index)
         return {name: term.item() for name, term in terms.items()}, targets
 
     live, _ = losses(None)
@@ -178,16 +180,15 @@ def make_confident(teacher, table):
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None  # The running statistics are those of this batch, not a tenth of them.
     with torch.no_grad():
-        teacher.train()(to_device(raw, SPEC, torch.device("cpu")).image)
+        teacher.train()(to_device(raw, SliceDataset(table, SPEC), torch.device("cpu")).image)
         teacher.head.weight *= 10
 
 
 def test_batches_are_turned_on_the_device_as_slices_are_and_back(tiny_store):
     table = slice_table(open_store(tiny_store), "default", "train", "organ")
-    turns = np.arange(8)
+    dataset, turns = SliceDataset(table, SPEC), np.arange(8)
     upright, oriented = (
-        to_device(SliceDataset(table, SPEC).__getitems__(3 * ORIENTATIONS + o), SPEC, torch.device("cpu"))
-        for o in (turns * 0, turns)
+        to_device(dataset.__getitems__(3 * ORIENTATIONS + o), dataset, torch.device("cpu")) for o in (turns * 0, turns)
     )
     assert torch.equal(orient_batch(upright.image, turns), oriented.image)
     assert torch.equal(upright_batch(oriented.mask, turns), upright.mask)
@@ -204,15 +205,15 @@ def test_canonical_targets_are_those_of_the_upright_slice_turned(tiny_store, tmp
 
     def batch(turns, cached=None):
         keys = ORIENTATIONS * np.arange(4) + turns
-        raw = SliceDataset(table, SPEC, cached).__getitems__(keys)
-        return to_device(raw, SPEC, torch.device("cpu"))
+        dataset = SliceDataset(table, SPEC, cached)
+        return to_device(dataset.__getitems__(keys), dataset, torch.device("cpu"))
 
-    upright = live(batch(0))
-    first = targets(batch(np.array([1, 3, 4, 6])))
+    _, upright = live(batch(0))
+    _, first = targets(batch(np.array([1, 3, 4, 6])))
     targets.flush()
     assert sorted(np.flatnonzero(~cache.missing(np.arange(cache.size)))) == list(range(4 * ORIENTATIONS))
     assert cache.entries() == 4
-    second = targets(batch(np.array([1, 3, 4, 6]), cache))
+    _, second = targets(batch(np.array([1, 3, 4, 6]), cache))
     assert (targets.forwards, targets.hits) == (4, 4)
     for name, x in upright.items():
         expected = orient_batch(x, np.array([1, 3, 4, 6])) if x.ndim > 2 else x
@@ -227,14 +228,16 @@ def test_a_worker_hands_over_entries_in_its_blocks(tiny_store, tmp_path, dtype, 
     table = slice_table(open_store(tiny_store), "default", "train", "organ")
     values = {"a": torch.randn(len(table), 3, 8, 5), "b": torch.randn(len(table), 20), "c": torch.randn(len(table))}
     shapes = {name: x.shape[1:] for name, x in values.items()}
-    cache = TeacherCache(tmp_path, len(table) * ORIENTATIONS, shapes, dtype, memory=memory)
-    expected = cache.add(np.arange(len(table)) * ORIENTATIONS, values)
+    cache = TeacherCache(tmp_path, len(table), shapes, dtype, memory=memory, views=1)
+    expected = cache.add(np.arange(len(table)), values)
     cache.flush()
-    loader = training_loader(SliceDataset(table, SPEC, cache), EpochSampler(len(table), 5, 0, (0,)), 1)
+    loader = training_loader(
+        SliceDataset(table, SPEC, cache, Views(SPEC.crop)), EpochSampler(Order(len(table), 5, 0)), 1
+    )
     for batch in loader:
         targets = batch.entries.arrays
         for name, x in decode(targets).items():
-            assert torch.equal(x, expected[name][batch.keys // ORIENTATIONS])
+            assert torch.equal(x, expected[name][batch.keys])
             assert targets[name].untyped_storage().data_ptr() == loader.blocks.data_ptr()
 
 

@@ -13,7 +13,7 @@ from conftest import model_card
 from safetensors.torch import load_file
 
 from data_tools.errors import UserError
-from spark_dist.data.order import EpochSampler
+from spark_dist.data.order import EpochSampler, Order
 from spark_dist.networks import build_network
 from spark_dist.networks.checkpoint import save_network
 from spark_dist.training.checkpoint import load_state, newest_state, save_state
@@ -180,7 +180,7 @@ def test_another_number_of_processes_sees_the_rest_of_the_epoch(accumulate):
     """Nothing is repeated or dropped, and the batches are the same."""
 
     def batches(world, start):
-        ranks = [EpochSampler(53, 9, 3, range(8), rank, world, accumulate) for rank in range(world)]
+        ranks = [EpochSampler(Order(53, 9, 3, 8), rank, world, accumulate) for rank in range(world)]
         for sampler in ranks:
             sampler.epoch, sampler.start = 2, start
         shares = zip(*(list(sampler) for sampler in ranks), strict=True)
@@ -192,7 +192,7 @@ def test_another_number_of_processes_sees_the_rest_of_the_epoch(accumulate):
 
 
 def test_weights_of_parts_make_the_mean_of_the_batch():
-    samplers = [EpochSampler(53, 9, 3, range(8), rank, 2, 3) for rank in range(2)]
+    samplers = [EpochSampler(Order(53, 9, 3, 8), rank, 2, 3) for rank in range(2)]
     value = {key: float(key) for sampler in samplers for share in sampler for key in share}
     shares = list(zip(*(list(sampler) for sampler in samplers), strict=True))
     for step in range(samplers[0].steps):
