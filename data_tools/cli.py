@@ -182,6 +182,13 @@ def parser() -> argparse.ArgumentParser:
         help='JSON file with {"train": [case, …], "val": […], "test": […]}, or a list of these for several splits',
     )
     split.add_argument(
+        "--hide-labels",
+        type=whole(0),
+        default=0,
+        metavar="N",
+        help="train sees N of its cases without their labels, beside those that have none (default 0)",
+    )
+    split.add_argument(
         "--name", type=split_name, default="default", help="name of the split (default default); a split never changes"
     )
     split.add_argument(
@@ -268,7 +275,7 @@ def run_export(options: argparse.Namespace) -> int:
 
 
 def run_split(options: argparse.Namespace) -> int:
-    from .split import split_by_folds, split_by_shares, split_text, splits_by_lists
+    from .split import split_by_folds, split_by_shares, split_text, splits_by_lists, with_unlabelled
     from .store import open_store, write_splits
 
     given = {part: share for part in DEFAULT_SHARES if (share := getattr(options, part)) is not None}
@@ -286,6 +293,7 @@ def run_split(options: argparse.Namespace) -> int:
         records = split_by_folds(store, options.folds, options.seed)
     else:
         records = [split_by_shares(store, given_shares(given), options.seed)]
+    records = [with_unlabelled(store, record, options.hide_labels) for record in records]
     folds = options.folds or len(records) > 1
     named = {f"{options.name}-fold{k}" if folds else options.name: record for k, record in enumerate(records)}
     # Those of a run that was stopped in the middle are there, and the same command goes on.
@@ -293,7 +301,7 @@ def run_split(options: argparse.Namespace) -> int:
     write_splits(options.store, new)
     for name, record in named.items():
         console.print(f"split '{name}': {split_text(record)}{'' if name in new else '; it was there already'}")
-        if left_out := set(store.cases).difference(*(record[part] for part in DEFAULT_SHARES)):
+        if left_out := set(store.cases).difference(*(record.get(part, ()) for part in (*DEFAULT_SHARES, "unlabelled"))):
             console.print(f"note: in no part: {', '.join(sorted(left_out)[:10])}{' …' if len(left_out) > 10 else ''}")
     return 0
 

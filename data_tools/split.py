@@ -89,6 +89,25 @@ def splits_by_lists(store: Store, file: Path) -> list[dict[str, Any]]:
     return records
 
 
+def with_unlabelled(store: Store, record: Mapping[str, Any], hide: int) -> dict[str, Any]:
+    """A split with the fourth part `unlabelled`: the store's cases without labels, and `hide` of the train cases at
+    random, whose labels training does not see, as if nobody had drawn them. Without any, the split as it is.
+
+    Raises `UserError` if that leaves no train case with its label.
+    """
+    if hide >= len(record["train"]) and hide:
+        raise UserError(
+            f"--hide-labels {hide}: {len(record['train'])} cases are in train, and one at least must keep its label"
+        )
+    hidden = sorted(np.random.default_rng([record["seed"] or 0, hide]).permutation(record["train"])[:hide].tolist())
+    bare = [name for name, case in store.cases.items() if not case.labelled]
+    if not hidden and not bare:
+        return dict(record)
+    train = [name for name in record["train"] if name not in hidden]
+    made = record["made"] | ({"hidden": hide} if hide else {})
+    return {**record, "train": train, "unlabelled": sorted([*bare, *hidden]), "made": made}
+
+
 def is_split(found: Any) -> bool:
     """Whether something read from JSON has the form of a split: a part or more, each a list of names."""
     return (
@@ -138,4 +157,5 @@ def split_text(record: Mapping[str, Any]) -> str:
     else:
         how = ""
     seed = "" if record["seed"] is None else f", seed {record['seed']}"
-    return how + ", ".join(f"{len(record[part])} {part}" for part in PARTS) + seed
+    unlabelled = f", {len(record['unlabelled'])} unlabelled" if record.get("unlabelled") else ""
+    return how + ", ".join(f"{len(record[part])} {part}" for part in PARTS) + unlabelled + seed

@@ -13,7 +13,7 @@ from nifti_cases import all_files
 
 from data_tools.cli import main
 from data_tools.errors import UserError
-from data_tools.split import PARTS, split_by_folds, split_by_shares, splits_by_lists
+from data_tools.split import PARTS, split_by_folds, split_by_shares, splits_by_lists, with_unlabelled
 from data_tools.store import create_store, open_store, write_case
 
 
@@ -214,3 +214,19 @@ def test_a_split_is_kept_however_it_was_made(tiny_store, tmp_path, capsys):
     assert all_files(tmp_path) == before
     assert main(["split", str(tmp_path / "s.zarr"), "--keep", "--name", "other"]) == 0
     assert sorted(open_store(tmp_path / "s.zarr").splits) == ["default", "other"]
+
+
+def test_unlabelled_cases_are_a_part_of_their_own(tmp_path):
+    store = a_store(6, 6)
+    split = split_by_shares(store, fractions(0.5, 0.25, 0.25), 0)
+    assert with_unlabelled(store, split, 0) == split
+    hidden = with_unlabelled(store, split, 4)
+    assert len(hidden["train"]) == 2
+    assert sorted(hidden["train"] + hidden["unlabelled"]) == split["train"]
+    assert (hidden["val"], hidden["test"]) == (split["val"], split["test"])
+    assert hidden == with_unlabelled(store, split, 4)
+    store.cases["bare"] = SimpleNamespace(labelled=False)
+    assert with_unlabelled(store, split, 0)["unlabelled"] == ["bare"]
+    assert "bare" in with_unlabelled(store, split, 4)["unlabelled"]
+    with pytest.raises(UserError, match="--hide-labels 6: 6 cases are in train"):
+        with_unlabelled(store, split, 6)
