@@ -7,9 +7,11 @@ import pytest
 
 from data_tools.errors import UserError
 from spark_dist.cli import main
-from spark_dist.compare import Run, compare, load_runs, remarks
+from spark_dist.compare import remarks
+from spark_dist.evaluation.comparison import Run, compare
 from spark_dist.evaluation.intervals import seeds_interval
 from spark_dist.evaluation.metrics import write_cases
+from spark_dist.training.finished_runs import load_runs
 from spark_dist.training.mlflow_client import make_client
 from spark_dist.training.tracking import open_run
 

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT
 
 from data_tools.errors import UserError
-from spark_dist.compare import load_runs
+from spark_dist.training.finished_runs import load_runs
 from spark_dist.training.journal import read_journal
 from spark_dist.training.mlflow_client import absolute_uri, make_client
 from spark_dist.training.system_metrics import SystemMetrics

@@ -1,0 +1,149 @@
+"""The comparison of finished runs: teachers, students alone and students distilled."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from data_tools.errors import unknown_name
+
+from .intervals import difference_over_seeds, over_seeds
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run of a teacher or student."""
+
+    dataset: str
+    task: str
+    split: str
+    role: str
+    network: str
+    width: float
+    method: str
+    teacher: str
+    """Network of a distilled student's teacher."""
+    seed: str
+    parameters: int
+    cases: dict[str, dict[str, float]]
+    """Metrics of the test cases."""
+
+    @property
+    def data(self) -> tuple:
+        """Dataset, task and split, which runs must share to be compared at all."""
+        return self.dataset, self.task, self.split
+
+    @property
+    def kind(self) -> tuple:
+        """All that runs which differ in their seed only have in common."""
+        return *self.data, self.role, self.network, self.width, self.method, self.teacher
+
+    @property
+    def distilled(self) -> bool:
+        return self.role == "student" and self.method != "none"
+
+    @property
+    def order(self) -> tuple:
+        """Teachers first, then each network alone and distilled."""
+        return self.role != "teacher", self.distilled, self.network, self.width, self.method, self.teacher
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table, of one run or of one kind of run over its seeds. Dice and differences are fractions of 1."""
+
+    dataset: str
+    task: str
+    split: str
+    role: str
+    network: str
+    width: float
+    method: str
+    teacher: str
+    seeds: str
+    parameters: int
+    cases: int
+    mean: float
+    low: float
+    high: float
+    misses: int
+    """Cases without a finite value, which the mean is without."""
+    hd95: float
+    hd95_misses: int
+    difference: float | None = None
+    """To the student alone, with its interval; none for teachers and students alone."""
+    difference_low: float | None = None
+    difference_high: float | None = None
+    difference_misses: int | None = None
+    against: str | None = None
+    """The student alone of the "same seed", or the mean over "all seeds" where there is none of that seed."""
+
+    @property
+    def title(self) -> str:
+        if self.role == "teacher":
+            return "teacher"
+        if self.method == "none":
+            return "student alone"
+        return f"student, {self.method}" + (f" ({self.teacher})" if self.teacher else "")
+
+
+def compare(runs: Sequence[Run], metric: str = "dice") -> list[Row]:
+    """A row for each run, then one over all seeds for each kind of run that has several.
+
+    The difference of a distilled student is to the student alone: same data, network, width and seed, paired by case;
+    to the mean over all seeds where there is none of its seed. An interval over several seeds is over seeds and cases
+    (see `intervals`), one of a single run over its cases.
+    """
+    known = set.intersection(*(set(metrics) for item in runs for metrics in item.cases.values()))
+    if metric not in known:
+        raise unknown_name("metric", metric, known)
+    kinds: dict[tuple, list[Run]] = defaultdict(list)
+    for item in sorted(runs, key=lambda item: (item.data, item.order, int(item.seed))):
+        kinds[item.kind].append(item)
+    single = [make_row([item], runs, metric) for members in kinds.values() for item in members]
+    return single + [make_row(members, runs, metric) for members in kinds.values() if len(members) > 1]
+
+
+def make_row(members: Sequence[Run], runs: Sequence[Run], metric: str) -> Row:
+    """A row for runs that differ in their seed only."""
+    first = members[0]
+    values = [values_of(item, metric) for item in members]
+    summary = over_seeds(values)
+    hd95 = over_seeds([values_of(item, "hd95") for item in members])
+    return Row(
+        **{field.name: getattr(first, field.name) for field in fields(Run) if field.name not in ("seed", "cases")},
+        seeds=first.seed if len(members) == 1 else f"{len(members)} seeds",
+        **{key: summary[key] for key in ("cases", "mean", "low", "high", "misses")},
+        hd95=hd95["mean"],
+        hd95_misses=hd95["misses"],
+        **against_alone(members, values, runs, metric),
+    )
+
+
+def against_alone(
+    members: Sequence[Run], values: Sequence[dict[str, float]], runs: Sequence[Run], metric: str
+) -> dict[str, float | str]:
+    """The difference of distilled students of some seeds to the students alone; nothing if there are none."""
+    first = members[0]
+    alone = {
+        item.seed: values_of(item, metric)
+        for item in runs
+        if (item.role, item.method) == ("student", "none")
+        and (item.data, item.network, item.width) == (first.data, first.network, first.width)
+    }
+    if not first.distilled or not alone:
+        return {}
+    paired = all(item.seed in alone for item in members)
+    base = [alone[item.seed] for item in members] if paired else list(alone.values())
+    difference = difference_over_seeds(values, base, paired)
+    return {
+        "difference": difference["mean"],
+        "difference_low": difference["low"],
+        "difference_high": difference["high"],
+        "difference_misses": difference["misses"],
+        "against": "same seed" if paired else "all seeds",
+    }
+
+
+def values_of(item: Run, metric: str) -> dict[str, float]:
+    """A run's metric of each case."""
+    return {case: metrics[metric] for case, metrics in item.cases.items()}

@@ -1,0 +1,98 @@
+"""The finished runs on a tracking server, with the metrics of their test cases."""
+
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from data_tools.errors import UserError, unknown_name
+from spark_dist.evaluation.comparison import Run
+from spark_dist.evaluation.metrics import read_cases
+
+from .mlflow_client import SQLITE, absolute_uri, brief, make_client
+
+STAGE_TAGS = ("dataset", "task", "split", "role", "network", "seed")
+"""Tags that each stage's run has."""
+
+
+def load_runs(tracking_uri: str, name: str = "") -> tuple[list[Run], list[str]]:
+    """The finished runs of an experiment, oldest first, and lines on those that are left out.
+
+    Of several runs of one kind and seed, the last counts. Raises `UserError` if there is no such server or experiment,
+    or nothing in it is finished.
+    """
+    client, experiments = reach(tracking_uri)
+    if not name and len(experiments) == 1:
+        name = next(iter(experiments))
+    if name not in experiments:
+        if not experiments:
+            raise UserError(f"{tracking_uri}: no experiment there yet; train something with this --tracking-uri")
+        raise UserError(f"{tracking_uri}: {unknown_name('experiment', name, experiments)}")
+    items = {item.info.run_id: item for item in all_runs(client, experiments[name])}
+    found: dict[tuple, Run] = {}
+    unfinished, replaced = [], 0
+    for item in items.values():
+        tags = item.data.tags
+        if not {"journal", *STAGE_TAGS, "width", "method", "parameters"} <= tags.keys():
+            continue  # a job above its stages, or somebody else's
+        parent = items.get(tags.get("mlflow.parentRunId"))
+        title = f"{parent.info.run_name}/{item.info.run_name}" if parent else item.info.run_name
+        cases = test_cases(client, item.info.run_id, title)
+        if cases is None:
+            unfinished.append(title)
+            continue
+        loaded = Run(
+            **{key: tags[key] for key in STAGE_TAGS},
+            width=float(tags["width"]),
+            method=tags["method"] or "none",
+            teacher=parent.data.tags.get("teacher", "") if parent and tags["role"] == "student" else "",
+            parameters=int(tags["parameters"]),
+            cases=cases,
+        )
+        key = (*loaded.kind, loaded.seed)
+        replaced += key in found and found[key].cases != cases
+        found[key] = loaded
+    notes = []
+    if unfinished:
+        notes.append(f"not finished, so not in the table: {', '.join(unfinished)}")
+    if replaced:
+        notes.append(f"of runs with equal network, method and seed the last is shown; {replaced} older left out")
+    if not found:
+        raise UserError(f"{tracking_uri}: no run in '{name}' has test metrics yet")
+    return list(found.values()), notes
+
+
+def reach(tracking_uri: str) -> tuple[Any, dict[str, str]]:
+    """A client of a tracking server, and the ids of its experiments by name."""
+    uri = absolute_uri(tracking_uri)
+    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():
+        raise UserError(f"{tracking_uri}: no such database; give the --tracking-uri of the training jobs")
+    try:
+        client = make_client(uri)
+        return client, {e.name: e.experiment_id for e in client.search_experiments() if e.name != "Default"}
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{tracking_uri}: can't be reached ({brief(error)})") from None
+
+
+def all_runs(client, experiment_id: str) -> Iterable[Any]:
+    """The MLflow runs of an experiment, oldest first."""
+    page = None
+    while page is None or page.token:
+        page = client.search_runs(
+            [experiment_id], order_by=["attributes.start_time ASC"], page_token=page.token if page else None
+        )
+        yield from page
+
+
+def test_cases(client, run_id: str, title: str) -> dict[str, dict[str, float]] | None:
+    """The metrics of a run's test cases, or None if it did not come that far."""
+    if "test_cases.json" not in {file.path for file in client.list_artifacts(run_id)}:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(client.download_artifacts(run_id, "test_cases.json", folder))
+        try:
+            return read_cases(file)
+        except UserError:
+            raise UserError(f"run {title} ({run_id}): its artifact test_cases.json is damaged; log it again") from None
