@@ -79,5 +79,5 @@ def plain_distance(x: Tensor, y: Tensor, connector: nn.Module) -> Tensor:
 
 
 def plain_levels(x: Tensor, coarse: Tensor | None = None) -> list[Tensor]:
-    """What `features.pooled_levels` returns, each level from the map itself."""
+    """The levels of `features.pooled_levels`, each from the map itself."""
     return [x, *(pool_to(x, (side, side)) for side in (4, 2, 1) if side < min(size_of(x)))]

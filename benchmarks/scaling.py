@@ -1,4 +1,4 @@
-"""What a second process costs: python -m benchmarks.scaling [--network enet] [--batch 4] [--crop 192]
+"""The cost of a second process: python -m benchmarks.scaling [--network enet] [--batch 4] [--crop 192]
 
 Weak scaling, one thread a process, the same number of slices in each. Three kinds of steps take turns in one run, so
 that what else the machine does falls on all alike: one process alone; two at the same time that know nothing of each
@@ -29,7 +29,7 @@ KEEP = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**3
 
 
 def work(rank: int, port: int, options: argparse.Namespace) -> None:
-    """What one of the two processes does; the first prints."""
+    """Measure in one of the two processes; the first prints."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

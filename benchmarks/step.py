@@ -1,4 +1,4 @@
-"""What a training step costs with and without a teacher: python -m benchmarks.step
+"""The cost of a training step with and without a teacher: python -m benchmarks.step
 
 All variants take turns in one run, and a variant's figure is the median of its steps, so that what else the machine
 does falls on all alike. A step is what the loop does: it takes a batch that was read meanwhile, computes targets or

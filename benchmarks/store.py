@@ -202,7 +202,7 @@ class MappedDataset(Dataset):
         return RawBatch(**{kind: torch.from_numpy(array) for kind, array in arrays.items()}, entries=Entries(None))
 
     def batch_bytes(self, n: int) -> int:
-        """What a batch takes, at most."""
+        """Bytes of a batch, at most."""
         return n * (math.prod(CROP.size) * 3 + 3 * ALIGNMENT)
 
 
@@ -350,7 +350,7 @@ def rates(make: dict[str, Callable[[int], Iterator]], workers: int, rounds: int,
     found = {name: [] for name in streams}
     for _ in range(rounds):
         for name, stream in streams.items():
-            # What workers have ready beforehand is not counted, nor may they work on while others are measured.
+            # Batches that are ready beforehand are not counted, nor may workers go on while others are measured.
             for _ in range(2 * workers):
                 next(stream)
             start, batches = time.perf_counter(), 0

@@ -132,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
         help="write nothing: say what would become of each case, which errors the headers show, and the bytes and the "
         "time to expect, measured on one case",
     )
-    # What argparse takes for a value although it begins with a minus: so that `--window -200,300` can be written.
+    # Values that begin with a minus, as argparse knows them: so that `--window -200,300` can be written.
     prepare._negative_number_matcher = re.compile(r"-[\d.]+(,-?[\d.]+)?$")
     prepare.set_defaults(run=run_prepare)
 

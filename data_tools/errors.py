@@ -4,11 +4,11 @@ import difflib
 from collections.abc import Iterable
 
 INTERRUPTED = "interrupted; the same command goes on from here"
-"""What Ctrl-C makes a command say."""
+"""The line that a command ends with after Ctrl-C."""
 
 
 class UserError(Exception):
-    """What went wrong, naming the file, case or key, and what to do about it.
+    """A mistake that the user can mend: its message names the file, case or key, and what to do about it.
 
     Commands print it as one line and exit with a code other than 0; they never show its traceback.
     """

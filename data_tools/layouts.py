@@ -153,7 +153,7 @@ LAYOUTS: dict[str, Callable[..., list[Source]]] = {
 
 
 def dataset_json(root: Path, layout: str) -> dict:
-    """What dataset.json says, which the Decathlon and nnU-Net have."""
+    """The contents of dataset.json, which the Decathlon and nnU-Net have."""
     file = root / "dataset.json"
     try:
         return dict(json.loads(file.read_text()))
@@ -175,7 +175,7 @@ def pairs_of(case: str, images: list[Path], labels: list[Path]) -> list[Source]:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """What is in a folder, by name; nothing if it is not there or can't be read, which its files then say."""
+    """Files of a folder, sorted; nothing if it is not there or can't be read, which its files then say."""
     try:
         return sorted(folder.iterdir())
     except OSError:

@@ -50,7 +50,7 @@ they are stored (1-D), and a note. Raises `UserError` for voxels that can't be s
 
 @dataclass(frozen=True)
 class Header:
-    """What a NIfTI file says of its voxels, and where they lie."""
+    """A NIfTI file's header: its voxels' format and where they lie."""
 
     path: Path
     shape: tuple[int, int, int]
@@ -65,7 +65,7 @@ class Header:
     lacks_spacing: bool
     """The file does not know its spacing in mm."""
     notes: tuple[str, ...]
-    """What somebody should know about the file."""
+    """Lines on what somebody should know about the file."""
 
     @cached_property
     def turn(self) -> np.ndarray:
@@ -84,7 +84,7 @@ class Header:
 
     @property
     def source(self) -> dict[str, Any]:
-        """What a store keeps of the file."""
+        """The facts that a store keeps of the file."""
         return {
             "file": self.path.name,
             "orientation": "".join(ornt2axcodes(io_orientation(self.affine))),
@@ -97,7 +97,7 @@ class Header:
 
 
 def read_header(path: Path, channel: int | None = None, spacing: Sequence[float] | None = None) -> Header:
-    """What a NIfTI file says of its voxels. `channel` picks one of several in a fourth axis; `spacing` (mm along the
+    """The header of a NIfTI file. `channel` picks one of several in a fourth axis; `spacing` (mm along the
     file's axes) counts where the file does not know its own.
 
     Raises `UserError` if the file is missing, damaged, or no volume.
@@ -111,7 +111,7 @@ def read_header(path: Path, channel: int | None = None, spacing: Sequence[float]
         block = start[: kind.sizeof_hdr]
         written, header = kind(block, check=False), kind(block)
         steps = np.array(written["pixdim"][1:4], dtype=float)
-        # What nibabel would mend without a word.
+        # nibabel would mend this without a word.
         if written["sizeof_hdr"] != kind.sizeof_hdr:
             raise ValueError(f"a header of {written['sizeof_hdr']} bytes")
         if np.isinf([written["scl_slope"], written["scl_inter"]]).any():
@@ -211,7 +211,7 @@ def pick_channel(shape: Sequence[int], channel: int | None, path: Path) -> tuple
 def header_notes(
     header: nibabel.Nifti1Header, affine: np.ndarray, lacks: bool, spacing: Sequence[float] | None
 ) -> list[str]:
-    """What is doubtful about where a volume lies."""
+    """Doubts about where a volume lies, in lines."""
     notes = []
     angle = np.degrees(obliquity(affine)).max()
     if not lacks and unit_of(header)[1]:
@@ -283,7 +283,7 @@ def write_image(out: Path, image: nibabel.Nifti1Image) -> None:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """What goes wrong with a file's bytes in here becomes a `UserError`.
+    """Turn errors from a file's bytes within the block into a `UserError`.
 
     nibabel and isal have half a dozen exceptions for bad bytes, without a common base.
     """

@@ -36,7 +36,7 @@ class Options:
     """mm along a file's axes, for files that do not know theirs."""
 
     def facts(self) -> dict[str, Any]:
-        """What a store remembers of them: all cases of a store are made alike."""
+        """The options that a store remembers: all cases of a store are made alike."""
         facts = {"labels": self.labels, "other": self.other, "window": self.window, "layout": self.layout}
         further = {"channel": self.channel, "size": self.size, "patterns": self.patterns}
         return facts | {key: value for key, value in further.items() if value is not None}

@@ -25,7 +25,7 @@ class Mark(NamedTuple):
 
     file: str
     format: str
-    """What the file says under `format`."""
+    """The file's entry under `format`."""
 
 
 MARKS = {
@@ -34,7 +34,7 @@ MARKS = {
     "job": Mark("job.json", "spark-dist job"),
 }
 MADE_BY = "made by spark-dist"
-"""What a file says near its start that may be written over."""
+"""The words near the start of a file that may be written over."""
 NEAR = 4096
 """Bytes from a file's start in which `MADE_BY` counts."""
 

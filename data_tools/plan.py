@@ -1,4 +1,4 @@
-"""What `prepare` would do, without writing anything.
+"""The plan of `prepare`: all that it would do, without writing anything.
 
 Errors are those that names and headers show; voxels are read of one case alone, the sample that bytes and time are
 estimated from.
@@ -40,7 +40,7 @@ SAMPLES = 3
 
 @dataclass(frozen=True)
 class Planned:
-    """What would become of a case."""
+    """The plan for a case."""
 
     case: str
     status: str
@@ -112,7 +112,7 @@ def plan(sources: Sequence[Source], options: Options, workers: int) -> int:
 
 
 def look(options: Options, source: Source) -> Planned:
-    """What would become of a case. The files of one that is in the store are hashed, of others the headers are read."""
+    """The plan for a case. The files of one that is in the store are hashed, of others the headers are read."""
     try:
         check_name("case", source.case)
         check_files(source)

@@ -33,7 +33,7 @@ from .volumes import (
 
 
 class Result(NamedTuple):
-    """What became of a case."""
+    """The outcome for a case."""
 
     case: str
     status: str

@@ -147,7 +147,7 @@ def slice_title(case: Case, z: int) -> str:
 
 
 def sheet_title(case: Case) -> str:
-    """What a case is, on one line."""
+    """A case's size, spacing and so on, in one line."""
     size = "×".join(map(str, case.shape))
     spacing = " × ".join(f"{s:.3g}" for s in case.spacing)
     volumes = ", ".join(f"{task} {case.volume_ml(task):,.1f} ml" for task in TASKS) if case.labelled else "no labels"

@@ -1,4 +1,4 @@
-"""What people see of long work: one console, its lines and its progress bar."""
+"""The console: one for all lines, and the progress bar of long work."""
 
 import sys
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What people read of cases: tables, sizes."""
+"""Cases for people: tables and sizes."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is in a store, in numbers: cases and slices of each part, sizes, spacings, intensities of each label."""
+"""A store in numbers: cases and slices of each part, sizes, spacings, intensities of each label."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -114,7 +114,7 @@ def parts_table(store: Store) -> Table:
 
 
 def measures(case: Case) -> dict[str, float]:
-    """What varies from case to case. Volumes are NaN where there is none."""
+    """The measures that vary from case to case. Volumes are NaN where there is none."""
     return {
         "slices": case.shape[0],
         "rows": case.shape[1],

@@ -47,7 +47,7 @@ TASKS = {"organ": (1, 2), "tumour": (2,)}
 
 @dataclass(frozen=True)
 class Case:
-    """What is known of a case without reading its voxels."""
+    """A case of a store, without its voxels."""
 
     name: str
     shape: tuple[int, int, int]
@@ -190,7 +190,7 @@ def write_case(
 
 
 def check_groups(path: Path, repair: bool) -> dict[str, str]:
-    """What is wrong with the metadata of a store and of its splits, by their files. All of that is there twice.
+    """Damage to the metadata of a store and of its splits, by their files. All of that is there twice.
 
     With `repair`, what is damaged is restored from its other copy, and said to be restored. Raises `UserError` if there
     is no store at all.

@@ -87,7 +87,7 @@ def verify_case(store: Path, options: Options | None, job: Job) -> Result:
 
 
 def damages(store: Path, case: Case) -> Iterator[str]:
-    """What is wrong with the voxels of a case: slices that can't be read, and labels that were not counted so."""
+    """Damage to the voxels of a case: slices that can't be read, and labels that were not counted so."""
     for kind in ("image", "label") if case.labelled else ("image",):
         array = open_array(store / "cases" / case.name / kind)
         if tuple(array.shape) != case.shape:

@@ -1,4 +1,4 @@
-"""What processes have in common that work for another one."""
+"""Processes that work for another one."""
 
 import multiprocessing
 import os
@@ -6,7 +6,7 @@ import signal
 import threading
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What asks a job to save its state and end."""
+"""Signals that ask a job to save its state and end."""
 
 
 def cores() -> int:

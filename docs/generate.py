@@ -14,7 +14,7 @@ CROP = (384, 384)
 
 
 def methods_table() -> str:
-    """What each method caches of a teacher, and its settings."""
+    """A table of the methods: the targets that each caches of a teacher, and its settings."""
     lines = [
         "# Distillation methods",
         "",
@@ -38,7 +38,7 @@ def methods_table() -> str:
 
 
 def networks_table() -> str:
-    """What each network costs, and where its features are taken."""
+    """A table of the networks: their cost, and where their features are taken."""
     lines = [
         "# Networks",
         "",

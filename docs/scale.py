@@ -33,7 +33,7 @@ def parameters(network: str) -> int:
 
 
 def target_shapes(method: str) -> dict[str, list[int]]:
-    """What a method caches of a unet for one slice."""
+    """The shapes of the targets that a method caches of a unet for one slice."""
     with torch.device("meta"):
         teacher, student = build_network("unet").taps, build_network("enet").taps
     distiller = build_distiller(method, student=student, teacher=teacher, samples=2)

@@ -64,7 +64,7 @@ OPTIONS = CacheOptions
 
 
 def run(options: CacheOptions) -> None:
-    """What the options ask for."""
+    """List, prune, verify or fill caches, as the options ask."""
     if options.prune is not None:
         prune(options.cache_folder, options.prune)
     if options.list:

@@ -30,11 +30,12 @@ class _AllReduce(torch.autograd.Function):
 
 
 def sum_over_processes(x: Tensor) -> Tensor:
-    """The sum of `x` over all processes, with its gradient, while training; `x` itself in evaluation.
+    """The sum S of `x` over all processes while training, `x` itself in evaluation.
 
-    The gradient is summed over processes as well. Under DDP, which averages gradients, and with every process's loss
-    weighted by its share n_rank · world / n_global (the shares sum to world), this makes the gradient of a function of
-    the global sum that of one process with the whole batch.
+    A function f(S) then has the gradient that one process with the whole batch would have, f'(S) · dx summed over the
+    processes. For that the gradient is summed over the processes as well: process r goes back from w_r · f(S), w_r
+    being the weight of its loss (`EpochSampler.weight`), so that the sum is W · f'(S), W being the sum of the weights,
+    which is the number of processes; and DDP averages over the processes, which takes the factor W away again.
     """
     return _AllReduce.apply(x) if torch.is_grad_enabled() and processes() > 1 else x
 

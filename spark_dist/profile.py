@@ -1,4 +1,4 @@
-"""What networks cost: spark-dist profile [NETWORK …] --crop 384"""
+"""The cost of networks: spark-dist profile [NETWORK …] --crop 384"""
 
 if __name__ == "__main__":
     from spark_dist.cli import module_main

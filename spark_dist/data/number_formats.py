@@ -17,7 +17,7 @@ PREDICTION = "prediction"
 """The target that is the teacher's predicted class in each pixel, (N, H, W): whole numbers."""
 
 SCALE = ".scale"
-"""What the array with the scales of an int8 target is called, behind the target's name."""
+"""Behind a target's name, it names the array with the scales of an int8 target."""
 
 ROUNDING = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 2**-24, "int8": 0.5 / 127}
 """The largest rounding error: of a value relative to itself, and for int8 to the largest value of its channel."""
@@ -64,7 +64,7 @@ def encode(targets: Mapping[str, Tensor], dtype: str) -> dict[str, np.ndarray]:
             x = (flat / scale.clamp(min=1e-30).unsqueeze(2)).round().view_as(x).to(torch.int8)
             arrays[name + SCALE] = scale.cpu().numpy()
         elif kind == "float16":
-            # What exceeds the format's range would be read back as infinite.
+            # Values beyond the format's range would be read back as infinite.
             x = x.clamp(-65504, 65504).half()
         elif kind == "bfloat16":
             x = x.bfloat16()

@@ -1,4 +1,4 @@
-"""What every distillation method has in common."""
+"""The interface of all distillation methods."""
 
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ class Distiller(nn.Module):
     `fewest_slices` is the least share of a batch from which the method learns anything of the teacher: more than one
     where it compares slices with each other.
 
-    Throughout, N is the batch, `mask` is the one-hot truth (N, 2, H, W) in float: background, target.
+    Throughout, N is the batch, `mask` is the one-hot ground truth (N, 2, H, W) in float: background, target.
     """
 
     fewest_slices = 1

@@ -12,7 +12,7 @@ from spark_dist.networks.base import NetworkOutput, Taps
 from .base import Distiller
 
 MOMENTUM = 0.5
-"""What an entry of the memory keeps of itself when its slice is met again."""
+"""The share of itself that an entry of the memory keeps when its slice is met again."""
 
 
 class CRD(Distiller):

@@ -1,4 +1,4 @@
-"""What several methods do with feature maps (N, C, H, W)."""
+"""Operations on feature maps (N, C, H, W) that several methods share."""
 
 import math
 

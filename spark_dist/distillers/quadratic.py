@@ -61,8 +61,8 @@ def pooled_columns(x: Tensor, coarse: Tensor | None = None) -> Tensor | None:
 
 
 def column_weights(x: Tensor) -> tuple[float, Tensor]:
-    """What each pixel of a map (N, C, H, W) counts in `hierarchical_mse`, and each of its pooled columns (P,), in a
-    sum over samples."""
+    """The weights in `hierarchical_mse` of each pixel of a map (N, C, H, W), and of its pooled columns (P,), in a sum
+    over samples."""
     sides = [side for side in (4, 2, 1) if side < min(size_of(x))]
     first, *weights = level_weights(1 + len(sides))
     pooled = [weight / side**2 for weight, side in zip(weights, sides, strict=True) for _ in range(side**2)]

@@ -49,7 +49,7 @@ class VID(Distiller):
 
 
 class Gaussian(nn.Module):
-    """What a student's features (N, C, H, W) tell of a teacher's (N, C', H', W'): mean and variance of each value."""
+    """A teacher's features (N, C', H', W') as a student's (N, C, H, W) predict them: mean and variance."""
 
     def __init__(self, student: Tap, teacher: Tap, initial_variance: float):
         super().__init__()

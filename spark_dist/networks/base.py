@@ -1,4 +1,4 @@
-"""What every network returns and declares."""
+"""The interface of all networks: their output and where their features are taken."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from data_tools.errors import UserError
 
 
 class NetworkOutput(NamedTuple):
-    """What a network computes for a batch of slices."""
+    """A network's output for a batch of slices."""
 
     logits: Tensor
     """Raw class scores, (N, classes, H, W), at the size of the input."""

@@ -1,4 +1,4 @@
-"""What networks cost: parameters, operations, memory and time."""
+"""The cost of networks: parameters, operations, memory and time."""
 
 import statistics
 import time
@@ -20,7 +20,7 @@ from . import build_network
 
 @dataclass(frozen=True)
 class Cost:
-    """What one slice costs in evaluation, in float32."""
+    """The cost of one slice in evaluation, in float32."""
 
     network: str
     parameters: int

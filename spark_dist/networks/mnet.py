@@ -65,7 +65,7 @@ class MNet(nn.Module):
 
 
 def difference(flat: Tensor, deep: Tensor, up: bool = False) -> Tensor:
-    """What differs between two maps, of twice the height and width if `up`."""
+    """The absolute difference of two maps, of twice the height and width if `up`."""
     x = flat - deep
     return (F.interpolate(x, scale_factor=(1, 2, 2), mode="trilinear") if up else x).abs()
 

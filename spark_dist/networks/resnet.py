@@ -21,7 +21,7 @@ def conv(channels: int, out_channels: int, kernel: int, stride: int = 1, dilatio
 
 
 def projection(channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
-    """What the input of a block goes through to fit its output; nothing where it fits already."""
+    """The shortcut by which the input of a block fits its output; None where it fits already."""
     if stride == 1 and channels == out_channels:
         return None
     return nn.Sequential(conv(channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))

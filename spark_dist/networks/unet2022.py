@@ -154,7 +154,7 @@ class Attention(nn.Module):
         return x[..., :height, :width]
 
     def bias(self, size: list[int]) -> Tensor:
-        """What is added to the weight between each two of the T pixels of a window, by their offset: (heads, T, T)."""
+        """Relative position bias (heads, T, T): added to the weight between each two of the T pixels of a window."""
         pixels = torch.cartesian_prod(*(torch.arange(side, device=self.position.device) for side in size))
         offset = pixels[:, None] - pixels + self.window - 1
         return self.position[:, offset[..., 0], offset[..., 1]]

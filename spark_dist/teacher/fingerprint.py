@@ -1,4 +1,4 @@
-"""What names a teacher cache: a hash of everything that its entries follow from."""
+"""The name of a teacher cache: a hash of everything that its entries follow from."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ def weights_hash(network: nn.Module) -> str:
 
 
 def probe_targets(distiller: Distiller, taps: Taps, crop: tuple[int, int]) -> tuple[str, dict[str, list[int]]]:
-    """What a method makes of a fixed, random teacher output: a hash of the values, and each target's shape.
+    """A method's targets for a fixed, random teacher output: a hash of the values, and each target's shape.
 
     The hash stands for the method and those of its settings that matter to the teacher's side: another loss weight
     leaves a cache valid, another attention gain does not.

@@ -1,4 +1,4 @@
-"""What a teacher cache costs and gains on this machine."""
+"""The measured cost and gain of a teacher cache on this machine."""
 
 import shutil
 import time
@@ -16,7 +16,7 @@ from .targets import TeacherTargets
 
 
 class Trial(NamedTuple):
-    """What a cache costs and gives on this machine."""
+    """The cost and the gain of a cache on this machine."""
 
     forward: float
     """Seconds for a slice by the teacher."""
