@@ -19,7 +19,7 @@ class PlainSPARK(SPARK):
         return teacher._asdict()
 
     def forward(
-        self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
+        self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor, known: None = None
     ) -> dict[str, Tensor]:
         return self.terms(
             student, {t: self.plain_enhanced(targets[t], self.teacher, t) for t in ("low", "high")}, targets, mask
@@ -58,7 +58,7 @@ class TeacherMapsSPARK(PlainSPARK):
         return {"logits": teacher.logits} | maps
 
     def forward(
-        self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
+        self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor, known: None = None
     ) -> dict[str, Tensor]:
         return self.terms(student, targets, targets, mask)
 

@@ -1,9 +1,12 @@
 """Losses between a batch's logits and its truth, or between two networks' logits.
 
-Throughout, logits are (N, 2, H, W), the mask is the one-hot truth (N, 2, H, W) in float (background, target), and a
-loss is a scalar. All compute in float32, also under autocast. Means are over samples and pixels, so that the means of
-several processes, weighted by their numbers of samples, give the mean of the whole batch; the Dice losses are ratios of
-sums, so their sums are taken over all processes.
+Throughout, logits are (N, C, H, W), the first of the C ≥ 2 classes being the background, the mask is the one-hot truth
+(N, C, H, W) in float, and a loss is a scalar. All compute in float32, also under autocast. Means are over samples and
+pixels, so that the means of several processes, weighted by their numbers of samples, give the mean of the whole batch;
+the Dice losses are ratios of sums, so their sums are taken over all processes.
+
+`known` (N,) bool says of which samples the mask is the truth; the others count nothing where it is given. It is given
+by all processes or by none, since they count together. Without any known sample a loss is 0, and so is its gradient.
 """
 
 import torch
@@ -40,23 +43,53 @@ def sum_over_processes(x: Tensor) -> Tensor:
     return _AllReduce.apply(x) if torch.is_grad_enabled() and processes() > 1 else x
 
 
-def focal(logits: Tensor, mask: Tensor, gamma: float = 2.0) -> Tensor:
+def only_known(x: Tensor, known: Tensor | None = None) -> Tensor:
+    """x (N, …) with zeros in the place of the samples that are not `known`."""
+    return x if known is None else x * known.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+
+def samples_per_known(known: Tensor | None = None) -> Tensor | float:
+    """The number of samples, of all processes, over the number of the `known` ones.
+
+    Times this, a process's mean over samples of which the others are zeros becomes what, weighted by the processes'
+    numbers of samples, is the mean over the known samples of the whole batch.
+    """
+    if known is None:
+        return 1.0
+    known = known.float()
+    samples, counted = sum_over_processes(torch.stack([torch.ones_like(known).sum(), known.sum()]))
+    return samples / counted.clamp(min=1)
+
+
+def mean_over_known(x: Tensor, known: Tensor | None = None) -> Tensor:
+    """The mean of x (N, H, W) over the pixels of the `known` samples."""
+    return only_known(x, known).mean() * samples_per_known(known)
+
+
+def focal(logits: Tensor, mask: Tensor, known: Tensor | None = None, gamma: float = 2.0) -> Tensor:
     """Focal loss, the mean over pixels of (1 − p)^γ · −log p, p being the true class's probability.
 
     Lin et al., Focal Loss for Dense Object Detection, ICCV 2017.
     """
     log_p = (F.log_softmax(logits.float(), dim=1) * mask).sum(dim=1)
-    return -((1 - log_p.exp()) ** gamma * log_p).mean()
+    return -mean_over_known((1 - log_p.exp()) ** gamma * log_p, known)
 
 
-def soft_dice(logits: Tensor, mask: Tensor, smooth: float = 1.0) -> Tensor:
-    """1 − soft Dice of the target class, its sums taken over the whole batch (of all processes).
+def cross_entropy(logits: Tensor, mask: Tensor, known: Tensor | None = None) -> Tensor:
+    """Mean over pixels of −log p, p being the true class's probability."""
+    return F.cross_entropy(logits.float(), only_known(mask, known)) * samples_per_known(known)
 
-    Milletari et al., V-Net, 3DV 2016, with the sum of p (not of p²) in the denominator.
+
+def soft_dice(logits: Tensor, mask: Tensor, known: Tensor | None = None, smooth: float = 1.0) -> Tensor:
+    """The mean over classes 1 to C − 1 of 1 − soft Dice, whose sums are taken over the whole batch (of all processes).
+
+    Milletari et al., V-Net, 3DV 2016, with the sum of p (not of p²) in the denominator; the mean over the classes but
+    for the background as in nnU-Net (Isensee et al., Nature Methods 2021).
     """
-    p, truth = logits.float().softmax(dim=1)[:, 1], mask[:, 1].float()
-    overlap, predicted, true = sum_over_processes(torch.stack([(p * truth).sum(), p.sum(), truth.sum()]))
-    return 1 - (2 * overlap + smooth) / (predicted + true + smooth)
+    p, truth = only_known(logits.float().softmax(dim=1)[:, 1:], known), only_known(mask[:, 1:].float(), known)
+    sums = torch.stack([(p * truth).sum(dim=(0, 2, 3)), p.sum(dim=(0, 2, 3)), truth.sum(dim=(0, 2, 3))])
+    overlap, predicted, true = sum_over_processes(sums)
+    return (1 - (2 * overlap + smooth) / (predicted + true + smooth)).mean()
 
 
 def dice_semimetric(student: Tensor, teacher: Tensor, smooth: float = 1.0) -> Tensor:
@@ -73,26 +106,27 @@ def dice_semimetric(student: Tensor, teacher: Tensor, smooth: float = 1.0) -> Te
     return (apart / (total + smooth)).mean()
 
 
-def segmentation(logits: Tensor, mask: Tensor) -> Tensor:
+def segmentation(logits: Tensor, mask: Tensor, known: Tensor | None = None) -> Tensor:
     """What a network is trained with on the truth: half focal loss (γ = 2), half soft Dice."""
-    return 0.5 * focal(logits, mask) + 0.5 * soft_dice(logits, mask)
+    return 0.5 * focal(logits, mask, known) + 0.5 * soft_dice(logits, mask, known)
 
 
-def kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def kl(student: Tensor, teacher: Tensor, temperature: float, known: Tensor | None = None) -> Tensor:
     """Mean over pixels of KL(teacher ‖ student) of the class probabilities at `temperature`, times its square.
 
     Takes logits (N, C, H, W). Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531.
     """
     log_p = F.log_softmax(student.float() / temperature, dim=1)
     q = F.softmax(teacher.float() / temperature, dim=1)
-    return F.kl_div(log_p, q, reduction="none").sum(dim=1).mean() * temperature**2
+    return mean_over_known(F.kl_div(log_p, q, reduction="none").sum(dim=1), known) * temperature**2
 
 
 def margin(logits: Tensor) -> Tensor:
-    """By how much the target's logit exceeds the background's, (N, H, W): all that probabilities depend on."""
-    return logits[:, 1].float() - logits[:, 0].float()
+    """By how much each class's logit exceeds the background's, (N, C − 1, H, W): all that probabilities depend on."""
+    return logits[:, 1:].float() - logits[:, :1].float()
 
 
 def logits_of(margin: Tensor) -> Tensor:
-    """Logits (N, 2, H, W) with a given `margin` (N, H, W)."""
-    return torch.stack([-margin / 2, margin / 2], dim=1)
+    """Logits (N, C, H, W) with a given `margin` (N, C − 1, H, W), whose mean over the classes is 0."""
+    logits = torch.cat([torch.zeros_like(margin[:, :1]), margin], dim=1)
+    return logits - logits.mean(dim=1, keepdim=True)

@@ -33,15 +33,24 @@ def golden_values(shared: Path, seed: int) -> dict:
     return next(v for v in json.loads((shared / "reference/losses.json").read_text()) if v["seed"] == seed)
 
 
-def random_case(student: Taps, teacher: Taps, n: int = 3, size: tuple[int, int] = (32, 32), seed: int = 0):
-    """Random student and teacher output for n slices with a target in the middle, and their mask."""
+def random_case(
+    student: Taps, teacher: Taps, n: int = 3, size: tuple[int, int] = (32, 32), seed: int = 0, classes: int = 2
+):
+    """Random student and teacher output for n slices with a target in the middle, and their mask.
+
+    Each further class fills four columns to the right of the target, in all slices but the first.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def output(taps: Taps) -> NetworkOutput:
-        shapes = [(2, 1), *taps]
+        shapes = [(classes, 1), *taps]
         maps = [torch.randn(n, c, size[0] // s, size[1] // s, generator=generator) for c, s in shapes]
         return NetworkOutput(*maps)
 
     target = torch.zeros(n, *size)
     target[:, size[0] // 4 : size[0] // 2, size[1] // 4 : size[1] // 2] = 1
-    return output(student), output(teacher), torch.stack([1 - target, target], dim=1)
+    label = target.long()
+    for c in range(2, classes):
+        label[1:, size[0] // 4 : size[0] // 2, size[1] // 2 + 4 * (c - 2) :][..., :4] = c
+    mask = torch.nn.functional.one_hot(label, classes).movedim(-1, 1).float()
+    return output(student), output(teacher), mask

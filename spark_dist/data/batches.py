@@ -156,14 +156,15 @@ def to_device(raw: RawBatch, dataset: SliceDataset, device: torch.device) -> Bat
 
 
 def support_set(table: SliceTable, spec: SliceSpec, size: int, seed: int) -> tuple[Tensor, Tensor, list[str]]:
-    """Slices for a network that is shown examples: images and masks (S, 1, H, W), and the slices' names.
+    """Slices for a network that is shown examples: images (S, 1, H, W), the class of each of their pixels (S, 1, H, W),
+    and the slices' names.
 
     `size` training slices, or all if there are fewer, drawn by the seed.
     """
     rows = np.sort(np.random.default_rng([seed, 2]).permutation(table.with_ground_truth)[:size])
     dataset = SliceDataset(table, spec, views=Views(spec.crop))
     batch = to_device(dataset.__getitems__(rows), dataset, torch.device("cpu"))
-    return batch.image, batch.mask[:, 1:], [table.name(row) for row in rows]
+    return batch.image, batch.mask.argmax(dim=1, keepdim=True), [table.name(row) for row in rows]
 
 
 def windowed(image: Tensor, window: Tensor) -> Tensor:

@@ -30,11 +30,16 @@ class AT(Distiller):
         return {name: attention_map(x, self.power) for name, x in maps.items()}
 
     def forward(
-        self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
+        self,
+        student: NetworkOutput,
+        targets: dict[str, Tensor],
+        mask: Tensor,
+        index: Tensor,
+        known: Tensor | None = None,
     ) -> dict[str, Tensor]:
         attention = self.difference(student.low, targets["low"]) + self.difference(student.high, targets["high"])
         return {
-            "segmentation": self.segmentation * losses.segmentation(student.logits, mask),
+            "segmentation": self.segmentation * losses.segmentation(student.logits, mask, known),
             "attention": self.attention * attention,
         }
 

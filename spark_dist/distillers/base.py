@@ -15,7 +15,8 @@ class Distiller(nn.Module):
     `fewest_slices` is the least share of a batch from which the method learns anything of the teacher: more than one
     where it compares slices with each other.
 
-    Throughout, N is the batch, `mask` is the one-hot ground truth (N, 2, H, W) in float: background, target.
+    Throughout, N is the batch, C ≥ 2 the number of classes and `mask` the one-hot ground truth (N, C, H, W) in float,
+    the background first. A method learns C from these tensors.
     """
 
     fewest_slices = 1
@@ -29,10 +30,17 @@ class Distiller(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
+        self,
+        student: NetworkOutput,
+        targets: dict[str, Tensor],
+        mask: Tensor,
+        index: Tensor,
+        known: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Named, weighted loss terms (scalars). Their sum is the training loss.
 
-        `index` (N,) int64 is each sample's position among the training slices.
+        `index` (N,) int64 is each sample's position among the training slices. `known` (N,) bool says of which samples
+        the mask is the truth (see `losses`): terms between the student and the truth are over these alone, terms
+        between the student and the teacher over all. Where it is not given, all are known.
         """
         raise NotImplementedError

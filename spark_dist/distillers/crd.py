@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_tools.errors import UserError
+from spark_dist import losses
 from spark_dist.losses import processes
 from spark_dist.networks.base import NetworkOutput, Taps
 
@@ -56,7 +57,12 @@ class CRD(Distiller):
         return {"high": teacher.high.mean(dim=(2, 3))}
 
     def forward(
-        self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
+        self,
+        student: NetworkOutput,
+        targets: dict[str, Tensor],
+        mask: Tensor,
+        index: Tensor,
+        known: Tensor | None = None,
     ) -> dict[str, Tensor]:
         sizes = batch_sizes(index)
         # Linear layers are computed in float32, as exp(·/0.07) magnifies rounding.
@@ -74,7 +80,7 @@ class CRD(Distiller):
             self.remember(index, of_student.detach(), of_teacher.detach(), scores.detach(), sizes)
         contrast = self.estimation(scores / self.normalisers.float().view(2, 1, 1))
         return {
-            "cross_entropy": self.cross_entropy * F.cross_entropy(student.logits.float(), mask),
+            "cross_entropy": self.cross_entropy * losses.cross_entropy(student.logits, mask, known),
             "contrast": self.contrast * contrast,
         }
 

@@ -16,6 +16,8 @@ class CWD(Distiller):
     made a distribution over the pixels by a softmax at temperature T; averaged over samples and classes.
     Caches the logits, less each class's mean over the pixels, which makes no difference to the loss and loses less in
     half precision. Defined per sample.
+
+    Several classes: each class's map is a distribution of its own; the mean over all classes.
     """
 
     def __init__(
@@ -28,10 +30,15 @@ class CWD(Distiller):
         return {"logits": teacher.logits - teacher.logits.mean(dim=(2, 3), keepdim=True)}
 
     def forward(
-        self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
+        self,
+        student: NetworkOutput,
+        targets: dict[str, Tensor],
+        mask: Tensor,
+        index: Tensor,
+        known: Tensor | None = None,
     ) -> dict[str, Tensor]:
         return {
-            "segmentation": self.segmentation * losses.segmentation(student.logits, mask),
+            "segmentation": self.segmentation * losses.segmentation(student.logits, mask, known),
             "channel": self.channel * channel_kl(student.logits, targets["logits"], self.temperature),
         }
 

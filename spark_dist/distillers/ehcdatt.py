@@ -29,14 +29,19 @@ class EhcdAtt(Distiller):
         return {"low": normalised_mean(enhanced(teacher.low)), "high": normalised_mean(enhanced(teacher.high))}
 
     def forward(
-        self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
+        self,
+        student: NetworkOutput,
+        targets: dict[str, Tensor],
+        mask: Tensor,
+        index: Tensor,
+        known: Tensor | None = None,
     ) -> dict[str, Tensor]:
         features = sum(
             hierarchical_mse(normalised_mean(resize_to(enhanced(x), size_of(y))), y)
             for x, y in ((student.low, targets["low"]), (student.high, targets["high"]))
         )
         return {
-            "segmentation": self.segmentation * losses.segmentation(student.logits, mask),
+            "segmentation": self.segmentation * losses.segmentation(student.logits, mask, known),
             "features": self.features * features,
         }
 

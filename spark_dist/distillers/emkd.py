@@ -18,8 +18,11 @@ class EMKD(Distiller):
     segmentation · (½ focal + ½ soft Dice) + kl · T² KL(teacher ‖ student) + importance · IMD + region · RAD, the last
     two summed over low and high. IMD is the squared distance of the importance maps, which are attention maps of 4th
     powers; the student's features are bilinearly resized to the teacher's. RAD is the squared difference of
-    `region_contrast`.
-    Caches the logits' difference, the two importance maps and the two contrasts. Defined per sample.
+    `region_contrasts`.
+    Caches the logits' differences, the two importance maps and the contrasts. Defined per sample.
+
+    Several classes: the KL is over all classes; RAD is the mean over all pairs of classes, of which a background and a
+    target have one. A pair that a slice has not costs nothing.
     """
 
     def __init__(
@@ -46,24 +49,31 @@ class EMKD(Distiller):
         }
 
     def forward(
-        self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
+        self,
+        student: NetworkOutput,
+        targets: dict[str, Tensor],
+        mask: Tensor,
+        index: Tensor,
+        known: Tensor | None = None,
     ) -> dict[str, Tensor]:
         importance = importance_distance(student.low, targets["low"]) + importance_distance(
             student.high, targets["high"]
         )
-        region = (self.contrasts(student, mask) - targets["contrasts"]).pow(2).mean(dim=0).sum()
+        # The columns are low and high, of each pair of classes.
+        pairs = targets["contrasts"].shape[1] // 2
+        region = (self.contrasts(student, mask) - targets["contrasts"]).pow(2).mean(dim=0).sum() / pairs
         return {
-            "segmentation": self.segmentation * losses.segmentation(student.logits, mask),
+            "segmentation": self.segmentation * losses.segmentation(student.logits, mask, known),
             "kl": self.kl * losses.kl(student.logits, losses.logits_of(targets["margin"]), self.temperature),
             "importance": self.importance * importance,
             "region": self.region * region,
         }
 
     def contrasts(self, output: NetworkOutput, mask: Tensor) -> Tensor:
-        """The region contrasts of low and high, (N, 2)."""
-        low = region_contrast(output.low.float(), mask, map_size(self.student.low, mask))
-        high = region_contrast(output.high.float(), mask, map_size(self.student.high, mask))
-        return torch.stack([low, high], dim=1)
+        """The region contrasts of low and then of high, (N, 2 · pairs of classes)."""
+        low = region_contrasts(output.low.float(), mask, map_size(self.student.low, mask))
+        high = region_contrasts(output.high.float(), mask, map_size(self.student.high, mask))
+        return torch.cat([low, high], dim=1)
 
 
 def importance_distance(student: Tensor, teacher: Tensor) -> Tensor:
@@ -72,8 +82,8 @@ def importance_distance(student: Tensor, teacher: Tensor) -> Tensor:
     return (attention_map(resized, power=4) - teacher).pow(2).sum(dim=(1, 2)).mean()
 
 
-def region_contrast(x: Tensor, mask: Tensor, student: Size) -> Tensor:
-    """Cosine similarity (N,) of the mean feature of the background and that of the target.
+def region_contrasts(x: Tensor, mask: Tensor, student: Size) -> Tensor:
+    """Cosine similarity of the mean features of each two classes, (N, C (C − 1) / 2).
 
     The mask is taken at the `student` map's size (nearest neighbour); features and mask are then average-pooled to
     the smaller of their sizes.
@@ -82,7 +92,9 @@ def region_contrast(x: Tensor, mask: Tensor, student: Size) -> Tensor:
     region = pool_to(F.interpolate(mask.float(), student), size)
     with torch.autocast(x.device.type, enabled=False):
         sums = torch.einsum("nchw,nrhw->nrc", pool_to(x, size), region)
-    # The target may be absent; the background is not, but for a crop that the target fills.
-    area = region.sum(dim=(2, 3)) + torch.tensor([1e-6, 1.0], device=x.device)
+    # A class may be absent; the background is not, but for a crop that others fill.
+    classes = mask.shape[1]
+    area = region.sum(dim=(2, 3)) + torch.tensor([1e-6] + [1.0] * (classes - 1), device=x.device)
     means = sums / area.unsqueeze(2)
-    return F.cosine_similarity(means[:, 0], means[:, 1], dim=1)
+    first, second = torch.triu_indices(classes, classes, offset=1, device=x.device)
+    return F.cosine_similarity(means[:, first], means[:, second], dim=2)

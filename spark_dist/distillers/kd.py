@@ -12,7 +12,9 @@ class KD(Distiller):
     """Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531.
 
     segmentation · (½ focal + ½ soft Dice) + kl · T² KL(teacher ‖ student), per pixel at temperature T.
-    Caches the logits' difference. Defined per sample.
+    Caches the logits' differences. Defined per sample.
+
+    Several classes: the KL is over all classes.
     """
 
     def __init__(
@@ -25,9 +27,14 @@ class KD(Distiller):
         return {"margin": losses.margin(teacher.logits)}
 
     def forward(
-        self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
+        self,
+        student: NetworkOutput,
+        targets: dict[str, Tensor],
+        mask: Tensor,
+        index: Tensor,
+        known: Tensor | None = None,
     ) -> dict[str, Tensor]:
         return {
-            "segmentation": self.segmentation * losses.segmentation(student.logits, mask),
+            "segmentation": self.segmentation * losses.segmentation(student.logits, mask, known),
             "kl": self.kl * losses.kl(student.logits, losses.logits_of(targets["margin"]), self.temperature),
         }

@@ -15,11 +15,11 @@ class LSKD(Distiller):
     logits; standardised, it is asked for their shape only.
 
     segmentation · (½ focal + ½ soft Dice) + kl · T² KL(teacher ‖ student) of logits that were divided by their
-    standard deviation (`standardised`), each network's by its own. The paper takes the deviation over the classes of
-    one prediction. With two classes that leaves nothing but the sign of a pixel's logits, so it is taken over the
-    classes and pixels of a slice here. The weights are the paper's.
-
+    standard deviation (`standardised`), each network's by its own. The weights are the paper's.
     Caches the logits, standardised. Defined per sample.
+
+    Several classes: the deviation is over the classes of one pixel, as in the paper. With two classes that leaves
+    nothing but the sign of a pixel's logits, so then it is over the classes and pixels of a slice.
     """
 
     def __init__(
@@ -32,15 +32,22 @@ class LSKD(Distiller):
         return {"logits": standardised(teacher.logits)}
 
     def forward(
-        self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
+        self,
+        student: NetworkOutput,
+        targets: dict[str, Tensor],
+        mask: Tensor,
+        index: Tensor,
+        known: Tensor | None = None,
     ) -> dict[str, Tensor]:
         return {
-            "segmentation": self.segmentation * losses.segmentation(student.logits, mask),
+            "segmentation": self.segmentation * losses.segmentation(student.logits, mask, known),
             "kl": self.kl * losses.kl(standardised(student.logits), targets["logits"], self.temperature),
         }
 
 
 def standardised(logits: Tensor) -> Tensor:
-    """Logits (N, C, H, W) less their mean over classes, over their standard deviation over classes and pixels."""
+    """Logits (N, C, H, W) less their mean over classes, over their standard deviation over classes (with two: over
+    classes and pixels)."""
     centred = logits.float() - logits.float().mean(dim=1, keepdim=True)
-    return centred / (centred.pow(2).mean(dim=(1, 2, 3), keepdim=True) + 1e-12).sqrt()
+    over = (1, 2, 3) if logits.shape[1] == 2 else 1
+    return centred / (centred.pow(2).mean(dim=over, keepdim=True) + 1e-12).sqrt()

@@ -13,7 +13,9 @@ class LSR(Distiller):
     teacher that is the mask itself, at a high temperature, beside a little of the real one.
 
     truth · T² KL(mask ‖ student) + kl · T² KL(teacher ‖ student), the mask being taken for logits.
-    Caches the logits' difference. Defined per sample.
+    Caches the logits' differences. Defined per sample.
+
+    Several classes: both KL are over all classes.
     """
 
     def __init__(self, student: Taps, teacher: Taps, truth: float = 0.95, kl: float = 0.05, temperature: float = 40.0):
@@ -24,9 +26,14 @@ class LSR(Distiller):
         return {"margin": losses.margin(teacher.logits)}
 
     def forward(
-        self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
+        self,
+        student: NetworkOutput,
+        targets: dict[str, Tensor],
+        mask: Tensor,
+        index: Tensor,
+        known: Tensor | None = None,
     ) -> dict[str, Tensor]:
         return {
-            "truth": self.truth * losses.kl(student.logits, mask, self.temperature),
+            "truth": self.truth * losses.kl(student.logits, mask, self.temperature, known),
             "kl": self.kl * losses.kl(student.logits, losses.logits_of(targets["margin"]), self.temperature),
         }

@@ -41,13 +41,18 @@ class MGD(Distiller):
         return {"high": pooled_maps(teacher, self.student, mask)["high"]}
 
     def forward(
-        self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
+        self,
+        student: NetworkOutput,
+        targets: dict[str, Tensor],
+        mask: Tensor,
+        index: Tensor,
+        known: Tensor | None = None,
     ) -> dict[str, Tensor]:
         target = targets["high"].float()
         aligned = self.align(pool_to(student.high, size_of(target)))
         seen = torch.rand(len(target), 1, *size_of(target), device=target.device) >= self.masked
         generated = self.generate(aligned * seen).float()
         return {
-            "segmentation": self.segmentation * losses.segmentation(student.logits, mask),
+            "segmentation": self.segmentation * losses.segmentation(student.logits, mask, known),
             "generation": self.generation * (generated - target).pow(2).sum() / len(target),
         }

@@ -30,12 +30,17 @@ class OFD(Distiller):
         return {"low": teacher.low, "high": teacher.high}
 
     def forward(
-        self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
+        self,
+        student: NetworkOutput,
+        targets: dict[str, Tensor],
+        mask: Tensor,
+        index: Tensor,
+        known: Tensor | None = None,
     ) -> dict[str, Tensor]:
         low = partial_l2(self.low(student.low).float(), targets["low"].float())
         high = partial_l2(self.high(student.high).float(), targets["high"].float())
         return {
-            "segmentation": self.segmentation * losses.segmentation(student.logits, mask),
+            "segmentation": self.segmentation * losses.segmentation(student.logits, mask, known),
             "features": self.features * (low + high) / 2,
         }
 

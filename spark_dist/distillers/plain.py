@@ -15,6 +15,11 @@ class Plain(Distiller):
         return {}
 
     def forward(
-        self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
+        self,
+        student: NetworkOutput,
+        targets: dict[str, Tensor],
+        mask: Tensor,
+        index: Tensor,
+        known: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        return {"segmentation": losses.segmentation(student.logits, mask)}
+        return {"segmentation": losses.segmentation(student.logits, mask, known)}

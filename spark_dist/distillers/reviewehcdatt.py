@@ -47,7 +47,12 @@ class ReviewEhcdAtt(Distiller):
         }
 
     def forward(
-        self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
+        self,
+        student: NetworkOutput,
+        targets: dict[str, Tensor],
+        mask: Tensor,
+        index: Tensor,
+        known: Tensor | None = None,
     ) -> dict[str, Tensor]:
         # The fusion takes the student's number format, which is not float32 where DeepSpeed casts the model.
         low, high = self.fusion(
@@ -59,6 +64,6 @@ class ReviewEhcdAtt(Distiller):
             for x, y in ((low, targets["low"]), (high, targets["high"]))
         )
         return {
-            "segmentation": self.segmentation * losses.segmentation(student.logits, mask),
+            "segmentation": self.segmentation * losses.segmentation(student.logits, mask, known),
             "review": self.review * review,
         }

@@ -31,7 +31,12 @@ class ReviewKD(Distiller):
         return pooled_maps(teacher, self.student, mask)
 
     def forward(
-        self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
+        self,
+        student: NetworkOutput,
+        targets: dict[str, Tensor],
+        mask: Tensor,
+        index: Tensor,
+        known: Tensor | None = None,
     ) -> dict[str, Tensor]:
         low, high = self.fusion(student.low, student.high)
         review = sum(
@@ -39,7 +44,7 @@ class ReviewKD(Distiller):
             for x, y in ((low, targets["low"]), (high, targets["high"]))
         )
         return {
-            "segmentation": self.segmentation * losses.segmentation(student.logits, mask),
+            "segmentation": self.segmentation * losses.segmentation(student.logits, mask, known),
             "review": self.review * review,
         }
 

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spark_dist import losses
 from spark_dist.networks.base import NetworkOutput, Taps
 
 from .base import Distiller
@@ -36,12 +37,17 @@ class RKD(Distiller):
         return {"high": teacher.high}
 
     def forward(
-        self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
+        self,
+        student: NetworkOutput,
+        targets: dict[str, Tensor],
+        mask: Tensor,
+        index: Tensor,
+        known: Tensor | None = None,
     ) -> dict[str, Tensor]:
         distances, angles = relations(student.high)
         teacher_distances, teacher_angles = relations(targets["high"])
         return {
-            "cross_entropy": self.cross_entropy * F.cross_entropy(student.logits.float(), mask),
+            "cross_entropy": self.cross_entropy * losses.cross_entropy(student.logits, mask, known),
             "distance": self.distance * F.smooth_l1_loss(distances, teacher_distances),
             "angle": self.angle * F.smooth_l1_loss(angles, teacher_angles),
         }

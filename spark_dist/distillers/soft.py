@@ -16,7 +16,9 @@ class Soft(Distiller):
 
     It needs nothing of the teacher but its prediction. The temperature is 1 because with two classes a higher one pulls
     hardest on pixels that are background beyond doubt.
-    Caches the logits' difference. Defined over the whole batch (of all processes).
+    Caches the logits' differences. Defined over the whole batch (of all processes).
+
+    Several classes: the KL is over all classes, the Dice semimetric loss the mean over all but the background.
     """
 
     def __init__(self, student: Taps, teacher: Taps, segmentation: float = 0.5, kl: float = 0.5, dice: float = 0.5):
@@ -27,11 +29,16 @@ class Soft(Distiller):
         return {"margin": losses.margin(teacher.logits)}
 
     def forward(
-        self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
+        self,
+        student: NetworkOutput,
+        targets: dict[str, Tensor],
+        mask: Tensor,
+        index: Tensor,
+        known: Tensor | None = None,
     ) -> dict[str, Tensor]:
         logits = losses.logits_of(targets["margin"])
         return {
-            "segmentation": self.segmentation * losses.segmentation(student.logits, mask),
+            "segmentation": self.segmentation * losses.segmentation(student.logits, mask, known),
             "kl": self.kl * losses.kl(student.logits, logits, temperature=1),
             "dice": self.dice * losses.dice_semimetric(student.logits, logits),
         }

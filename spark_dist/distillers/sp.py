@@ -30,14 +30,19 @@ class SP(Distiller):
         return {"low": teacher.low, "high": teacher.high}
 
     def forward(
-        self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
+        self,
+        student: NetworkOutput,
+        targets: dict[str, Tensor],
+        mask: Tensor,
+        index: Tensor,
+        known: Tensor | None = None,
     ) -> dict[str, Tensor]:
         similarity = sum(
             F.mse_loss(similarities(x), similarities(y))
             for x, y in ((student.low, targets["low"]), (student.high, targets["high"]))
         )
         return {
-            "segmentation": self.segmentation * losses.segmentation(student.logits, mask),
+            "segmentation": self.segmentation * losses.segmentation(student.logits, mask, known),
             "similarity": self.similarity * similarity,
         }
 

@@ -23,10 +23,12 @@ class SPARK(Distiller):
     The gain holds at a crop of `reference_crop`² pixels (the paper's 384), and grows with √(H·W) so that the term
     weighs the same at every crop (see `attention_enhanced`).
 
-    Caches the logits' difference, and the teacher's enhanced maps pooled to the size at which a student's map meets
+    Caches the logits' differences, and the teacher's enhanced maps pooled to the size at which a student's map meets
     them, with a further pooling and mean squares. Defined per sample, but for the connectors' batch norm, whose
     statistics are those of each process's part of the batch at the student's own size. The teacher-wide maps that the
     connectors stand for are never formed (see `quadratic`).
+
+    Several classes: the KL is over all classes; CED does not know classes.
     """
 
     def __init__(
@@ -81,7 +83,12 @@ class SPARK(Distiller):
         return targets | ({"power": torch.stack(powers, dim=1)} if powers else {})
 
     def forward(
-        self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
+        self,
+        student: NetworkOutput,
+        targets: dict[str, Tensor],
+        mask: Tensor,
+        index: Tensor,
+        known: Tensor | None = None,
     ) -> dict[str, Tensor]:
         maps = {s: self.enhanced(getattr(student, s), getattr(self.student, s).stride) for s in ("low", "high")}
         around_mean = {s: centred(maps[s]) for s, _ in self.connected}
@@ -97,7 +104,7 @@ class SPARK(Distiller):
                 d = distance(pool_to(maps[s], size), *teacher)
             ced = ced + weight * d
         return {
-            "segmentation": self.segmentation * losses.segmentation(student.logits, mask),
+            "segmentation": self.segmentation * losses.segmentation(student.logits, mask, known),
             "ced": self.ced * ced,
             "kl": self.kl * losses.kl(student.logits, losses.logits_of(targets["margin"]), self.temperature),
         }

@@ -15,7 +15,9 @@ class TfKD(Distiller):
 
     segmentation · (½ focal + ½ soft Dice) + kl · T² KL(teacher ‖ student), the KL's mean being over pixels and
     classes. The teacher is a trained copy of the student's own network.
-    Caches the logits' difference. Defined per sample.
+    Caches the logits' differences. Defined per sample.
+
+    Several classes: the KL is over all classes, divided by their number.
 
     Raises `UserError` if the taps show that teacher and student are not the same network. Equal taps do not prove
     that they are: the names of the networks, which a method does not see, must be compared by the caller.
@@ -36,8 +38,13 @@ class TfKD(Distiller):
         return {"margin": losses.margin(teacher.logits)}
 
     def forward(
-        self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
+        self,
+        student: NetworkOutput,
+        targets: dict[str, Tensor],
+        mask: Tensor,
+        index: Tensor,
+        known: Tensor | None = None,
     ) -> dict[str, Tensor]:
         logits = student.logits
         kl = losses.kl(logits, losses.logits_of(targets["margin"]), self.temperature) / logits.shape[1]
-        return {"segmentation": self.segmentation * losses.segmentation(logits, mask), "kl": self.kl * kl}
+        return {"segmentation": self.segmentation * losses.segmentation(logits, mask, known), "kl": self.kl * kl}

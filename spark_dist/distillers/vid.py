@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spark_dist import losses
 from spark_dist.networks.base import NetworkOutput, Tap, Taps
 
 from .base import Distiller
@@ -39,11 +40,16 @@ class VID(Distiller):
         return pooled_maps(teacher, self.student, mask)
 
     def forward(
-        self, student: NetworkOutput, targets: dict[str, Tensor], mask: Tensor, index: Tensor
+        self,
+        student: NetworkOutput,
+        targets: dict[str, Tensor],
+        mask: Tensor,
+        index: Tensor,
+        known: Tensor | None = None,
     ) -> dict[str, Tensor]:
         information = self.low(student.low, targets["low"]) + self.high(student.high, targets["high"])
         return {
-            "cross_entropy": self.cross_entropy * F.cross_entropy(student.logits.float(), mask),
+            "cross_entropy": self.cross_entropy * losses.cross_entropy(student.logits, mask, known),
             "information": self.information * information,
         }
 

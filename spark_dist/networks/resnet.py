@@ -164,7 +164,8 @@ class ResNet(nn.Module):
 def load_pretrained(network: nn.Module, path: Path) -> None:
     """Fill the ResNet encoder of `network` with the weights of a classifier, as torchvision saves them.
 
-    `path` is a state dict, .safetensors or .pth; its classifier (`fc.*`) is left out.
+    `path` is a state dict, .safetensors or .pth; its classifier (`fc.*`) is left out. The kernels of a first
+    convolution of colour images are fitted to the channels that the network takes (`fit_channels`).
 
     Raises `UserError` if the network has no ResNet encoder, the file cannot be read, or its weights do not fit.
     """
@@ -175,6 +176,8 @@ def load_pretrained(network: nn.Module, path: Path) -> None:
     # ImageNet weights from before 2018 do not have these counters.
     counters = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")}
     weights = counters | {key: value for key, value in read_weights(path).items() if not key.startswith("fc.")}
+    if isinstance(first := weights.get("conv1.weight"), Tensor) and first.ndim == 4 and first.shape[1] == 3:
+        weights["conv1.weight"] = fit_channels(first, encoder.conv1.in_channels)
     wrong = [
         f"{key} ({shape(weights.get(key))} in the file, {shape(own.get(key))} in the network)"
         for key in dict.fromkeys([*own, *weights])
@@ -183,6 +186,16 @@ def load_pretrained(network: nn.Module, path: Path) -> None:
     if wrong:
         raise UserError(f"{path} does not fit this encoder; {len(wrong)} keys differ, first {', '.join(wrong[:3])}")
     encoder.load_state_dict(weights)
+
+
+def fit_channels(kernels: Tensor, channels: int) -> Tensor:
+    """Kernels (F, 3, H, W) repeated over the input channels to (F, channels, H, W), and scaled so that an input which
+    is the same in all channels gives what it gave before where these are a multiple of three.
+
+    As in timm (Wightman, PyTorch Image Models).
+    """
+    repeats = -(-channels // 3)
+    return kernels.repeat(1, repeats, 1, 1)[:, :channels] * (3 / channels)
 
 
 def shape(value: object) -> str:

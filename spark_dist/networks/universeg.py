@@ -16,6 +16,9 @@ LEVELS = 4
 class UniverSeg(nn.Module):
     """A U-Net whose blocks compare the slice with each image and label of a support set.
 
+    The paper segments one label at a time by a binary mask. Here the support's labels are one-hot, a channel for each
+    class, so that one pass segments them all.
+
     The support set is given once, by `set_support`, and is saved and loaded with the weights.
     low is the slice's map after the first block, high after the third.
     """
@@ -39,8 +42,8 @@ class UniverSeg(nn.Module):
     def set_support(self, images: Tensor, labels: Tensor) -> None:
         """The examples by which the network segments.
 
-        images (S, in_channels, H, W), or (S, 1, H, W) for all channels; labels (S, 1, H, W), the class of each pixel,
-        as float. Slices must have the same height and width.
+        images (S, in_channels, H, W), or (S, 1, H, W) for all channels; labels (S, 1, H, W), the class of each pixel.
+        Slices must have the same height and width.
         """
         device = self.support_images.device
         self.support_images = images.detach().expand(-1, self.in_channels, -1, -1).to(device, copy=True)

@@ -14,7 +14,7 @@ from spark_dist.data.cache import TeacherCache
 from spark_dist.distillers.base import Distiller
 from spark_dist.networks.base import NetworkOutput, Taps
 
-VERSION = 2
+VERSION = 3
 
 
 def weights_hash(network: nn.Module) -> str:
@@ -26,7 +26,9 @@ def weights_hash(network: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def probe_targets(distiller: Distiller, taps: Taps, crop: tuple[int, int]) -> tuple[str, dict[str, list[int]]]:
+def probe_targets(
+    distiller: Distiller, taps: Taps, crop: tuple[int, int], classes: int = 2
+) -> tuple[str, dict[str, list[int]]]:
     """A method's targets for a fixed, random teacher output: a hash of the values, and each target's shape.
 
     The hash stands for the method and those of its settings that matter to the teacher's side: another loss weight
@@ -37,10 +39,10 @@ def probe_targets(distiller: Distiller, taps: Taps, crop: tuple[int, int]) -> tu
     def noise(channels: int, stride: int) -> Tensor:
         return torch.from_numpy(random.standard_normal((1, channels, crop[0] // stride, crop[1] // stride)))
 
-    output = NetworkOutput(noise(2, 1), noise(*taps.low), noise(*taps.high))
-    target = torch.zeros(1, *crop, dtype=torch.float64)
-    target[:, : crop[0] // 2] = 1
-    targets = distiller.teacher_targets(output, torch.stack([1 - target, target], dim=1))
+    output = NetworkOutput(noise(classes, 1), noise(*taps.low), noise(*taps.high))
+    # Each class fills a band of rows.
+    rows = torch.arange(crop[0]) * classes // crop[0] == torch.arange(classes).unsqueeze(1)
+    targets = distiller.teacher_targets(output, rows.double().view(1, classes, -1, 1).expand(-1, -1, -1, crop[1]))
     digest = hashlib.sha256()
     for name, values in sorted(targets.items()):
         digest.update(name.encode())

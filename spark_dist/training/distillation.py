@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from spark_dist import losses
 from spark_dist.distillers.base import Distiller
 from spark_dist.networks.base import NetworkOutput
+from spark_dist.teacher.targets import completed
 
 
 class Distillation(nn.Module):
@@ -24,12 +25,14 @@ class Distillation(nn.Module):
     def forward(
         self, image: Tensor, mask: Tensor, targets: dict[str, Tensor], index: Tensor, known: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Named, weighted loss terms of a batch (see `Distiller.forward`); image (N, 1, H, W). A teacher's own is
-        called `teacher`, and its `targets` take the place of those given."""
+        """Named, weighted loss terms of a batch (see `Distiller.forward`); image (N, channels, H, W). A teacher's own
+        is called `teacher`, and its `targets` take the place of those given."""
         if self.teacher is None:
-            return self.distiller(self.student(image), targets, mask, index, *([] if known is None else [known]))
+            return self.distiller(self.student(image), targets, mask, index, known)
         output = self.teacher(image)
+        loss = losses.segmentation(output.logits, mask, known)
         with torch.no_grad():
+            if known is not None:
+                mask = completed(mask, known, output.logits.argmax(dim=1))
             targets = self.distiller.teacher_targets(NetworkOutput(*(t.detach().float() for t in output)), mask)
-        terms = self.distiller(self.student(image), targets, mask, index)
-        return terms | {"teacher": losses.segmentation(output.logits, mask)}
+        return self.distiller(self.student(image), targets, mask, index, known) | {"teacher": loss}

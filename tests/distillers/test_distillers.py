@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -20,12 +22,15 @@ from spark_dist import losses
 from spark_dist.distillers import DISTILLERS, Distiller, build_distiller, distiller_settings
 from spark_dist.distillers.plain import Plain
 from spark_dist.networks.base import NetworkOutput, Tap, Taps
+from spark_dist.teacher.fingerprint import probe_targets
 
 SMALL = Taps(Tap(4, 2), Tap(6, 8))
 COARSER = Taps(Tap(6, 4), Tap(10, 16))
 FINER = Taps(Tap(6, 1), Tap(10, 4))
 BATCH_METHODS = [name for name, method in DISTILLERS.items() if method.fewest_slices > 1]
 """Methods that compare the samples of one process with each other."""
+AGAINST_TRUTH = {"segmentation", "cross_entropy", "truth"}
+"""Terms between the student and the mask; gid's Dice is another."""
 
 
 def build(name: str, student: Taps = SMALL, teacher: Taps = COARSER, **weights) -> Distiller:
@@ -37,9 +42,9 @@ def case(name: str, student: Taps = SMALL, teacher: Taps = COARSER, **how):
     return random_case(student, student if name == "tfkd" else teacher, **how)
 
 
-def terms_of(distiller: Distiller, student: NetworkOutput, teacher: NetworkOutput, mask: torch.Tensor) -> dict:
+def terms_of(distiller: Distiller, student: NetworkOutput, teacher: NetworkOutput, mask: torch.Tensor, known=None):
     targets = distiller.teacher_targets(teacher, mask)
-    return distiller(student, targets, mask, torch.arange(len(mask)))
+    return distiller(student, targets, mask, torch.arange(len(mask)), known)
 
 
 def take(output, part: slice):
@@ -191,10 +196,65 @@ def test_spark_with_connectors():
     check(terms, "ced", 0.08 * expected)
 
 
-def test_cwd():
-    student, teacher, mask = case("cwd")
+@pytest.mark.parametrize("name", ["kd", "tfkd", "spark", "emkd"])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_kl_of_logits(name, classes):
+    student, teacher, mask = case(name, classes=classes)
+    terms = terms_of(build(name, temperature=3.0, kl=0.7), student, teacher, mask)
+    p, q = (softmax(x[0] / 3, axis=1) for x in in_numpy(student, teacher))
+    expected = 0.7 * 9 * (q * np.log(q / p)).sum(axis=1).mean()
+    check(terms, "kl", expected / classes if name == "tfkd" else expected)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_lsr(classes):
+    student, teacher, mask = case("lsr", classes=classes)
+    terms = terms_of(build("lsr", temperature=3.0), student, teacher, mask)
+    p, q = (softmax(x[0] / 3, axis=1) for x in in_numpy(student, teacher))
+    truth = softmax(mask.double().numpy() / 3, axis=1)
+    check(terms, "truth", 0.95 * 9 * (truth * np.log(truth / p)).sum(axis=1).mean())
+    check(terms, "kl", 0.05 * 9 * (q * np.log(q / p)).sum(axis=1).mean())
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_gid(classes):
+    student, teacher, mask = case("gid", classes=classes)
+    terms = terms_of(build("gid"), student, teacher, mask)
+    s, t = in_numpy(student, teacher)
+    p, y = softmax(s[0], axis=1), mask.double().numpy()
+    check(terms, "cross_entropy", 0.5 * -np.log((p * y).sum(axis=1)).mean())
+    of_class = [2 * (p * y)[:, c].sum() / (p[:, c] ** 2 + y[:, c]).sum() for c in range(classes)]
+    check(terms, "dice", 0.5 * (1 - np.mean(of_class)))
+    p, q = (softmax(pool(x, (4, 4)), axis=1) for x in (s[0], t[0]))
+    check(terms, "kl", 0.01 * 3 * (q * np.log(q / p)).sum(axis=1).mean())
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4])
+def test_the_region_contrasts_of_emkd(classes):
+    taps = Taps(Tap(4, 1), Tap(6, 1))
+    student, teacher, mask = case("emkd", taps, taps, classes=classes)
+    terms = terms_of(build("emkd", taps, taps), student, teacher, mask)
+    y = mask.double().numpy()
+
+    def contrasts(x):
+        means = np.einsum("nchw,nrhw->nrc", x, y) / (y.sum(axis=(2, 3)) + (np.arange(classes) > 0))[..., None]
+        units = means / np.maximum(np.linalg.norm(means, axis=2, keepdims=True), 1e-8)
+        cosines = units @ units.transpose(0, 2, 1)
+        return np.stack([cosines[:, i, j] for i in range(classes) for j in range(i)], axis=1)
+
+    s, t = in_numpy(student, teacher)
+    expected = sum(((contrasts(s[k]) - contrasts(t[k])) ** 2).mean() for k in (1, 2))
+    check(terms, "region", 0.9 * expected)
+    # The last of several classes is not in the first slice.
+    if classes > 2:
+        assert (contrasts(s[1])[0, -(classes - 1) :] == 0).all()
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_cwd(classes):
+    student, teacher, mask = case("cwd", classes=classes)
     terms = terms_of(build("cwd", temperature=2.0), student, teacher, mask)
-    p, q = (softmax(x[0].reshape(3, 2, -1) / 2, axis=2) for x in in_numpy(student, teacher))
+    p, q = (softmax(x[0].reshape(3, classes, -1) / 2, axis=2) for x in in_numpy(student, teacher))
     check(terms, "channel", 3 * 4 * (q * np.log(q / p)).sum(axis=2).mean())
 
 
@@ -283,6 +343,18 @@ def test_dist():
     terms = terms_of(build("dist", temperature=2.0, intra=3.0), student, teacher, mask)
     p, q = (softmax(x[0] / 2, axis=1)[:, 1].ravel() for x in in_numpy(student, teacher))
     check(terms, "intra", 3 * 4 * (1 - np.corrcoef(p, q)[0, 1]))
+    assert "inter" not in terms
+
+
+def test_dist_of_three_classes():
+    student, teacher, mask = case("dist", classes=3)
+    terms = terms_of(build("dist", temperature=2.0, intra=3.0, inter=0.5), student, teacher, mask)
+    p, q = (softmax(x[0] / 2, axis=1) for x in in_numpy(student, teacher))
+    intra = [np.corrcoef(p[:, c].ravel(), q[:, c].ravel())[0, 1] for c in range(3)]
+    check(terms, "intra", 3 * 4 * (1 - np.mean(intra)))
+    pixels = (x.transpose(0, 2, 3, 1).reshape(-1, 3) for x in (p, q))
+    inter = [np.corrcoef(x, y)[0, 1] for x, y in zip(*pixels, strict=True)]
+    check(terms, "inter", 0.5 * 4 * (1 - np.mean(inter)))
 
 
 def test_dist_asks_for_a_linear_relation_only():
@@ -293,13 +365,14 @@ def test_dist_asks_for_a_linear_relation_only():
     assert terms_of(build("dist"), student, teacher, mask)["intra"].item() == pytest.approx(0, abs=1e-5)
 
 
-def test_soft():
-    student, teacher, mask = case("soft")
+@pytest.mark.parametrize("classes", [2, 3])
+def test_soft(classes):
+    student, teacher, mask = case("soft", classes=classes)
     terms = terms_of(build("soft", kl=0.3, dice=0.7), student, teacher, mask)
     p, q = (softmax(x[0], axis=1) for x in in_numpy(student, teacher))
     check(terms, "kl", 0.3 * (q * np.log(q / p)).sum(axis=1).mean())
-    p, q = p[:, 1].ravel(), q[:, 1].ravel()
-    check(terms, "dice", 0.7 * (1 - ((p + q).sum() - np.abs(p - q).sum() + 1) / ((p + q).sum() + 1)))
+    apart, total = (x[:, 1:].sum(axis=(0, 2, 3)) for x in (np.abs(p - q), p + q))
+    check(terms, "dice", 0.7 * (1 - (total - apart + 1) / (total + 1)).mean())
     check(terms, "segmentation", 0.5 * losses.segmentation(student.logits, mask).item())
 
 
@@ -310,13 +383,14 @@ def test_soft_asks_for_the_teachers_probabilities_and_nothing_else():
     assert terms["dice"].item() == pytest.approx(0, abs=1e-6)
 
 
-def test_lskd():
-    student, teacher, mask = case("lskd")
+@pytest.mark.parametrize("classes", [2, 3])
+def test_lskd(classes):
+    student, teacher, mask = case("lskd", classes=classes)
     terms = terms_of(build("lskd"), student, teacher, mask)
 
     def probabilities(z):
         z = z - z.mean(axis=1, keepdims=True)
-        return softmax(z / z.std(axis=(1, 2, 3), keepdims=True) / 2, axis=1)
+        return softmax(z / z.std(axis=(1, 2, 3) if classes == 2 else 1, keepdims=True) / 2, axis=1)
 
     p, q = (probabilities(x[0]) for x in in_numpy(student, teacher))
     check(terms, "kl", 9 * 4 * (q * np.log(q / p)).sum(axis=1).mean())
@@ -412,7 +486,7 @@ def test_spark_caches_maps_at_the_size_at_which_they_are_compared():
     _, teacher, mask = case("spark", teacher=FINER)
     targets = build("spark", teacher=FINER).teacher_targets(teacher, mask)
     assert {name: tuple(t.shape[1:]) for name, t in targets.items()} == {
-        "margin": (32, 32),
+        "margin": (1, 32, 32),
         "low": (6, 16, 16),
         "low_coarse": (6, 4, 4),
         "low_at_high": (6, 4, 4),
@@ -483,10 +557,17 @@ def test_without_a_teacher_there_is_the_segmentation_loss_alone():
 
 @every_method
 @pytest.mark.parametrize(
-    ("teacher_taps", "size"), [(COARSER, (32, 48)), (FINER, (32, 48)), (Taps(Tap(6, 2), Tap(10, 8)), (40, 40))]
+    ("teacher_taps", "size", "classes"),
+    [
+        (COARSER, (32, 48), 2),
+        (FINER, (32, 48), 2),
+        (Taps(Tap(6, 2), Tap(10, 8)), (40, 40), 2),
+        (COARSER, (32, 48), 3),
+        (FINER, (40, 40), 5),
+    ],
 )
-def test_terms_are_finite_scalars_and_everything_gets_a_gradient(name, teacher_taps, size):
-    student, teacher, mask = case(name, teacher=teacher_taps, size=size)
+def test_terms_are_finite_scalars_and_everything_gets_a_gradient(name, teacher_taps, size, classes):
+    student, teacher, mask = case(name, teacher=teacher_taps, size=size, classes=classes)
     distiller = build(name, teacher=teacher_taps)
     used = NetworkOutput(*(x.requires_grad_() for x in student))
     before = {k: v.clone() for k, v in distiller.named_parameters()}
@@ -518,6 +599,47 @@ def test_targets_are_constants_of_each_sample_alone(name):
         other = build_distiller(name, SMALL, SMALL if name == "tfkd" else taps, samples=5)
         for key, values in other.teacher_targets(teacher, mask).items():
             assert torch.equal(values, whole[key]), "targets depend on parameters"
+
+
+@every_method
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_cache_has_room_for_the_targets(name, classes):
+    _, teacher, mask = case(name, classes=classes)
+    distiller = build(name)
+    shapes = probe_targets(distiller, SMALL if name == "tfkd" else COARSER, (32, 32), classes)[1]
+    assert {key: list(x.shape[1:]) for key, x in distiller.teacher_targets(teacher, mask).items()} == shapes
+
+
+@every_method
+def test_only_known_samples_are_compared_with_the_truth_and_all_with_the_teacher(name):
+    student, teacher, mask = case(name, n=4, classes=3)
+    distiller = build(name).eval()
+    known = torch.tensor([True, False, True, False])
+
+    def terms(rows=slice(None), **given):
+        torch.manual_seed(0)
+        return terms_of(distiller, take(student, rows), take(teacher, rows), mask[rows], **given)
+
+    found, over_all, over_known = terms(known=known), terms(), terms(known)
+    against_truth = AGAINST_TRUTH | ({"dice"} if name == "gid" else set())
+    assert against_truth & found.keys()
+    for key, value in found.items():
+        torch.testing.assert_close(value, (over_known if key in against_truth else over_all)[key])
+    for key, value in terms(known=torch.ones(4, dtype=torch.bool)).items():
+        torch.testing.assert_close(value, over_all[key])
+
+
+@every_method
+def test_without_any_truth_there_is_the_teacher_alone(name):
+    student, teacher, mask = case(name, classes=3)
+    used = NetworkOutput(*(x.requires_grad_() for x in student))
+    terms = terms_of(build(name), used, teacher, mask, known=torch.zeros(3, dtype=torch.bool))
+    against_truth = sum(terms[key] for key in AGAINST_TRUTH | ({"dice"} if name == "gid" else set()) if key in terms)
+    assert against_truth.item() == 0
+    against_truth.backward(retain_graph=True)
+    assert not used.logits.grad.any()
+    sum(terms.values()).backward()
+    assert all(x.grad is None or x.grad.isfinite().all() for x in used)
 
 
 @every_method
@@ -629,17 +751,20 @@ def without_batch_statistics(name: str) -> Distiller:
     return distiller
 
 
-def step_twice(name: str, part: slice, total: int) -> dict[str, torch.Tensor]:
-    """The terms and gradients of a second step on a part of the batch; the loss is weighted as the loop does it."""
-    student, teacher, mask = case(name, n=total)
+def step_twice(name: str, classes: int, part: slice, total: int) -> dict[str, torch.Tensor]:
+    """The terms and gradients of a second step on a part of the batch; the loss is weighted as the loop does it.
+
+    Of several classes, the truth is known of three samples."""
+    student, teacher, mask = case(name, n=total, classes=classes)
     index = torch.tensor([7, 1, 4, 10, 2])[part]
+    known = torch.tensor([True, False, False, True, True])[part] if classes > 2 else None
     distiller = without_batch_statistics(name)
     targets = distiller.teacher_targets(take(teacher, part), mask[part])
     share = len(index) * losses.processes() / total
     for _ in range(2):
         distiller.zero_grad()
         used = NetworkOutput(*(x[part].clone().requires_grad_() for x in student))
-        terms = distiller(used, targets, mask[part], index)
+        terms = distiller(used, targets, mask[part], index, known)
         (sum(terms.values()) * share).backward()
     found = {f"term {k}": v.detach() * share for k, v in terms.items()}
     found |= {f"gradient of {k}": p.grad for k, p in distiller.named_parameters()}
@@ -656,14 +781,14 @@ def train_on_a_part(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     found = {}
-    for name in SHARED_METHODS:
-        values = step_twice(name, slice(0, 3) if rank == 0 else slice(3, 5), total=5)
+    for name, classes in itertools.product(SHARED_METHODS, (2, 3)):
+        values = step_twice(name, classes, slice(0, 3) if rank == 0 else slice(3, 5), total=5)
         for value in values.values():
             value /= 2
         for key, value in values.items():
             if not key.startswith("student"):
                 dist.all_reduce(value)
-        found[name] = values
+        found[f"{name} {classes}"] = values
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -676,9 +801,10 @@ def two_processes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", SHARED_METHODS)
-def test_two_processes_do_what_one_does(name, two_processes):
-    expected = step_twice(name, slice(0, 5), total=5)
-    first, second = (found[name] for found in two_processes)
+@pytest.mark.parametrize("classes", [2, 3])
+def test_two_processes_do_what_one_does(name, classes, two_processes):
+    expected = step_twice(name, classes, slice(0, 5), total=5)
+    first, second = (found[f"{name} {classes}"] for found in two_processes)
     for key, value in expected.items():
         if key.startswith("student"):
             torch.testing.assert_close(torch.cat([first[key], second[key]]), value, rtol=1e-4, atol=1e-6, msg=key)

@@ -1,11 +1,17 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from golden import SEEDS, golden_inputs, golden_values
+from golden import SEEDS, golden_inputs, golden_values, random_case
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from spark_dist import losses
+from spark_dist.networks.base import Tap, Taps
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -39,6 +45,119 @@ def test_the_dice_is_of_the_batch_and_not_a_mean_over_slices():
     mask[:, 0] = 1 - mask[:, 1]
     # The first slice is right; half of the second is missed: 2·64 / (64 + 96).
     assert losses.soft_dice(logits, mask).item() == pytest.approx(1 - 129 / 161, rel=1e-4)
+
+
+def several(n: int = 3, classes: int = 3, size: tuple[int, int] = (8, 8)):
+    """Random logits and a mask of several classes."""
+    output, _, mask = random_case(Taps(Tap(1, 1), Tap(1, 1)), Taps(Tap(1, 1), Tap(1, 1)), n, size, classes=classes)
+    return output.logits, mask
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_the_losses_of_several_classes(classes):
+    logits, mask = several(classes=classes, size=(16, 32))
+    z, y = logits.double().numpy(), mask.double().numpy()
+    p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
+    true = (p * y).sum(axis=1)
+    of_class = [1 - (2 * (p * y)[:, c].sum() + 1) / ((p + y)[:, c].sum() + 1) for c in range(1, classes)]
+    assert losses.focal(logits, mask).item() == pytest.approx(-((1 - true) ** 2 * np.log(true)).mean(), rel=1e-5)
+    assert losses.soft_dice(logits, mask).item() == pytest.approx(np.mean(of_class), rel=1e-5)
+    assert losses.cross_entropy(logits, mask).item() == pytest.approx(-np.log(true).mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_the_margin_is_all_that_the_probabilities_need(classes):
+    logits = several(classes=classes)[0]
+    margin = losses.margin(logits)
+    assert margin.shape == (3, classes - 1, 8, 8)
+    again = losses.logits_of(margin)
+    torch.testing.assert_close(again.softmax(dim=1), logits.softmax(dim=1))
+    torch.testing.assert_close(again.mean(dim=1), torch.zeros(3, 8, 8))
+
+
+def test_the_margin_of_two_classes_lies_half_on_either_side():
+    margin = losses.margin(several(classes=2)[0])
+    assert torch.equal(losses.logits_of(margin), torch.cat([-margin / 2, margin / 2], dim=1))
+
+
+TRUTH = {
+    "focal": losses.focal,
+    "cross entropy": losses.cross_entropy,
+    "soft Dice": losses.soft_dice,
+    "segmentation": losses.segmentation,
+    "KL": lambda logits, mask, known=None: losses.kl(logits, mask, 3.0, known),
+}
+"""Losses of the samples whose truth is known."""
+
+
+@pytest.mark.parametrize("loss", TRUTH.values(), ids=TRUTH)
+def test_what_is_not_known_does_not_count(loss):
+    logits, mask = several(n=4)
+    known = torch.tensor([False, True, True, False])
+    used = logits.clone().requires_grad_()
+    found = loss(used, mask, known)
+    found.backward()
+    assert found.item() == pytest.approx(loss(logits[1:3], mask[1:3]).item(), rel=1e-6)
+    assert not used.grad[~known].any()
+    assert used.grad[known].any()
+    assert torch.equal(loss(logits, mask, torch.ones(4, dtype=torch.bool)), loss(logits, mask))
+
+
+@pytest.mark.parametrize("loss", TRUTH.values(), ids=TRUTH)
+def test_without_anything_known_the_loss_and_its_gradient_are_zero(loss):
+    logits, mask = several()
+    logits.requires_grad_()
+    found = loss(logits, mask, torch.zeros(3, dtype=torch.bool))
+    found.backward()
+    assert found.item() == 0
+    assert not logits.grad.any()
+
+
+THREADS = ThreadPoolExecutor(4)
+
+
+def in_processes(monkeypatch, parts, work):
+    """`work` of every part at once, each in a thread in the place of a process; sums are those of all."""
+    barrier, rank, given = threading.Barrier(len(parts)), threading.local(), [None] * len(parts)
+
+    def sum_of_all(x):
+        given[rank.is_] = x
+        barrier.wait(10)
+        total = sum(given)
+        barrier.wait(10)
+        return total
+
+    def start(number):
+        rank.is_ = number
+        return work(parts[number])
+
+    monkeypatch.setattr(losses, "sum_over_processes", sum_of_all)
+    found = list(THREADS.map(start, range(len(parts))))
+    monkeypatch.undo()
+    return found
+
+
+@settings(max_examples=30, deadline=None)
+@given(shares=st.lists(st.lists(st.booleans(), min_size=1, max_size=3), min_size=2, max_size=4))
+def test_shares_of_a_batch_have_its_loss_whatever_is_known_in_each(shares):
+    known = torch.tensor([k for share in shares for k in share])
+    logits, mask = several(n=len(known), size=(4, 8))
+    parts = torch.arange(len(known)).split([len(share) for share in shares])
+
+    def values(z, rows):
+        return torch.stack([loss(z[rows], mask[rows], known[rows]) for loss in TRUTH.values()])
+
+    def gradients(losses, z):
+        return torch.stack([torch.autograd.grad(loss, z, retain_graph=True)[0] for loss in losses])
+
+    logits.requires_grad_()
+    expected = values(logits, slice(None))
+    with pytest.MonkeyPatch.context() as patch:
+        found = in_processes(patch, parts, lambda rows: values(logits, rows))
+    # As the loop weighs them: by their shares of the samples.
+    found = sum(each * len(rows) / len(known) for each, rows in zip(found, parts, strict=True))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients(found, logits), gradients(expected, logits))
 
 
 def test_an_empty_slice_found_empty_costs_nothing():

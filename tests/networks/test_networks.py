@@ -36,7 +36,8 @@ def build_for(name, height, columns, in_channels=1, classes=2, width=0.1):
     torch.manual_seed(0)
     network = build_network(name, in_channels, classes, width)
     if hasattr(network, "set_support"):
-        network.set_support(torch.randn(3, 1, height, columns), (torch.randn(3, 1, height, columns) > 0).float())
+        labels = torch.randint(classes, (3, 1, height, columns))
+        network.set_support(torch.randn(3, in_channels, height, columns), labels)
     return network
 
 
@@ -56,7 +57,9 @@ def test_a_network_is_what_it_was_published_as(name):
     assert output.high.shape == (1, high[0], 384 // high[1], 384 // high[1])
 
 
-@pytest.mark.parametrize(("in_channels", "classes", "width"), [(1, 2, 0.25), (3, 7, 0.1), (1, 2, 0.02)])
+@pytest.mark.parametrize(
+    ("in_channels", "classes", "width"), [(1, 2, 0.25), (3, 7, 0.1), (1, 2, 0.02), (3, 3, 0.1), (5, 3, 0.02)]
+)
 @pytest.mark.parametrize("name", sorted(NETWORKS))
 def test_every_parameter_gets_a_gradient_and_taps_are_as_declared(name, in_channels, classes, width):
     stride = stride_of(name)
@@ -140,6 +143,24 @@ def test_pretrained_weights_fill_the_encoder(tmp_path, name, file, save):
     load_pretrained(network, tmp_path / file)
     for key, value in network.encoder.state_dict().items():
         assert torch.equal(value, weights[key]), key
+
+
+@pytest.mark.parametrize("name", ["raunet", "pspnet"])
+@pytest.mark.parametrize("in_channels", [2, 3, 5, 6])
+def test_pretrained_weights_for_neighbouring_slices(tmp_path, name, in_channels):
+    network = build_network(name, in_channels, width=0.05)
+    weights = classifier(network, **{"conv1.weight": torch.rand(len(network.encoder.conv1.weight), 3, 7, 7)})
+    if name == "pspnet":
+        weights["conv1.weight"] = weights["conv1.weight"][..., :3, :3].contiguous()
+    save_file(weights, tmp_path / "a.safetensors")
+    load_pretrained(network, tmp_path / "a.safetensors")
+    kernels, colours = network.encoder.conv1.weight, weights["conv1.weight"]
+    assert kernels.shape[1] == in_channels
+    for c in range(in_channels):
+        torch.testing.assert_close(kernels[:, c], colours[:, c % 3] * 3 / in_channels)
+    if in_channels == 3:
+        assert torch.equal(kernels, colours)
+    assert torch.equal(network.encoder.bn1.bias, weights["bn1.bias"])
 
 
 def test_pretrained_weights_without_counters_of_batches(tmp_path):

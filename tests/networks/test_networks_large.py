@@ -219,6 +219,20 @@ def test_universeg_segments_by_its_examples(examples):
         assert not torch.allclose(network(x).logits, logits, atol=1e-3)
 
 
+@torch.no_grad()
+def test_universeg_is_shown_each_class_of_its_examples(examples):
+    torch.manual_seed(0)
+    network = build_network("universeg", classes=3, width=0.5).eval()
+    x, (images, labels) = torch.randn(2, 1, 32, 40), examples
+    logits = {}
+    for name, shown in {"two": labels, "three": labels + (images > 1), "swapped": 2 * labels}.items():
+        network.set_support(images, shown)
+        assert torch.equal(network.support(x)[0, :, 1:].argmax(dim=1), shown[:, 0].long())
+        logits[name] = network(x).logits
+    assert not torch.allclose(logits["two"], logits["three"], atol=1e-3)
+    assert not torch.allclose(logits["two"], logits["swapped"], atol=1e-3)
+
+
 def test_universeg_keeps_a_copy_of_its_examples(examples):
     network = tiny("universeg", 0.5)
     images, labels = examples
