@@ -6,8 +6,8 @@ if __name__ == "__main__":
     module_main("spark_dist.distill")
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -15,10 +15,17 @@ from spark_dist.networks.checkpoint import load_network
 from spark_dist.teacher.targets import TeacherTargets
 from spark_dist.training.checks import check, check_rounds
 from spark_dist.training.distillation import Distillation
-from spark_dist.training.frozen_teacher import distiller_between, frozen_teacher, matching_cache, only_generation, weigh
-from spark_dist.training.job import Job, open_job, tracked
-from spark_dist.training.live import Beside
-from spark_dist.training.stage import Teaching, build, model_card, stage_tags, train_stage, untaught
+from spark_dist.training.frozen_teacher import (
+    choose_cache,
+    distiller_between,
+    frozen_teacher,
+    matching_cache,
+    only_generation,
+)
+from spark_dist.training.job import Job, open_job
+from spark_dist.training.live import LiveTeacher
+from spark_dist.training.loop import Teaching
+from spark_dist.training.stage import Stage, build, model_card, stage_tracker, train_stage, without_teacher
 from spark_dist.training.validation import evaluate_on_test
 
 from .config import DistillOptions
@@ -43,74 +50,80 @@ def train_in_turns(job: Job) -> None:
 
     Several rounds are route-constrained distillation (Jin et al., ICCV 2019, arXiv 1904.09149).
     """
-    o = job.options
-    epochs, teacher_epochs = o.epochs_of(job.transfer_table), o.teacher_epochs_of(job.table)
-    check_rounds(o.rounds, epochs, teacher_epochs)
+    o, teacher, student = job.options, teacher_stage(job), student_stage(job)
+    check_rounds(o.rounds, student.epochs, teacher.epochs)
     for part in range(1, o.rounds + 1):
-        first, last = epochs * (part - 1) // o.rounds, epochs * part // o.rounds
         if o.teacher_checkpoint:
-            teacher = given_teacher(job)
+            checkpoint = given_teacher(job)
         else:
-            until = teacher_epochs * part // o.rounds
-            weights = {"pretrained": o.teacher_pretrained}
-            teacher = train_stage(
-                job, "teacher", o.teacher, o.teacher_width, untaught, teacher_epochs, until=until, **weights
-            )
-
-        def taught(student: nn.Module, teacher=teacher, epochs=range(first, last)):
-            return teach(job, student, teacher, epochs)
-
-        train_student(job, taught, teacher=teacher, until=last)
+            checkpoint = train_stage(job, teacher, without_teacher, stop_epoch=teacher.epochs * part // o.rounds)
+        first, last = (student.epochs * n // o.rounds for n in (part - 1, part))
+        teach = partial(with_teacher, job, checkpoint, range(first, last))
+        train_stage(job, student, teach, stop_epoch=last, teacher=checkpoint)
 
 
 def train_together(job: Job) -> None:
-    """Teacher and student at every step, the teacher on the truth alone."""
-    o = job.options
-    teacher = build(job, o.teacher, o.teacher_width, o.teacher_pretrained)
-    folder, card = job.folder / "teacher", model_card(job, o.teacher, o.teacher_width, "none")
-    tags = stage_tags("teacher", card, teacher)
-    with tracked(job.accelerator, o, f"teacher {o.teacher}", folder, tags, job.tracker) as tracker:
-
-        def taught(student: nn.Module) -> tuple[Distillation, TeacherTargets]:
-            distiller = distiller_between(job, student.taps, teacher.taps)
-            return Distillation(student, distiller, teacher), TeacherTargets(None, distiller, None, None)
-
-        best = folder / "best.safetensors"
-        train_student(job, taught, teacher=best, beside=Beside(teacher, folder, card, tracker))
+    """Teacher and student at every step, the teacher on the ground truth alone."""
+    stage, folder = teacher_stage(job), job.folder / "teacher"
+    network, card, best = build(job, stage), model_card(job, stage), folder / "best.safetensors"
+    with stage_tracker(job, stage.role, card, network) as tracker:
+        teach = partial(with_live_teacher, job, LiveTeacher(network, folder, card, tracker))
+        train_stage(job, student_stage(job), teach, teacher=best)
         if not (folder / "test_cases.json").exists():
             tracker.artifact(best)
-            evaluate_on_test(job, "teacher", best, folder, tracker)
+            evaluate_on_test(job, stage.role, best, folder, tracker)
 
 
-def train_student(job: Job, taught: Teaching, **how: Any) -> Path:
-    """The student's stage, or a part of it."""
-    o = job.options
-    how |= {"method": o.method, "pretrained": o.student_pretrained}
-    epochs = o.epochs_of(job.transfer_table)
-    return train_stage(job, "student", o.student, o.student_width, taught, epochs, **how)
+def teacher_stage(job: Job) -> Stage:
+    options = job.options
+    return Stage(
+        role="teacher",
+        network=options.teacher,
+        width=options.teacher_width,
+        epochs=options.teacher_epochs_of(job.table),
+        pretrained=options.teacher_pretrained,
+    )
+
+
+def student_stage(job: Job) -> Stage:
+    options = job.options
+    return Stage(
+        role="student",
+        network=options.student,
+        width=options.student_width,
+        epochs=options.epochs_of(job.transfer_table),
+        method=options.method,
+        pretrained=options.student_pretrained,
+    )
 
 
 def given_teacher(job: Job) -> Path:
     """The teacher from the command line, tested as a run of its own so that it can be compared."""
     path, folder = job.options.teacher_checkpoint, job.folder / "teacher"
     if not (folder / "test_cases.json").exists():
-        network, found = load_network(path)
-        card = replace(model_card(job, found.network, found.width, found.method), seed=found.seed)
-        tags = stage_tags("teacher", card, network)
-        name = f"teacher {found.network}"
-        with tracked(job.accelerator, job.options, name, folder, tags, job.tracker) as tracker:
+        network, card = load_network(path)
+        # It is tested on this job's data, as this job sees them.
+        card = replace(card, dataset=job.options.dataset.stem, split=job.options.split, spec=job.options.slice_spec)
+        with stage_tracker(job, "teacher", card, network) as tracker:
             evaluate_on_test(job, "teacher", path, folder, tracker)
     return path
 
 
-def teach(job: Job, student: nn.Module, checkpoint: Path, epochs: range) -> tuple[Distillation, TeacherTargets]:
+def with_teacher(job: Job, checkpoint: Path, epochs: range, student: nn.Module) -> Teaching:
     """A student with the distiller between it and a teacher's checkpoint, and the source of its targets in `epochs`."""
     o = job.options
     targets, card = frozen_teacher(job, checkpoint, student.taps)
     if o.cache != "off" and o.views >= 0:
         cache = matching_cache(job, targets, card)
-        weigh(job, targets, cache, epochs)
+        choose_cache(job, targets, cache, epochs)
         targets.cache = cache
         if o.rounds > 1:
             only_generation(job, cache.folder)
-    return Distillation(student, targets.distiller), targets
+    return Teaching(Distillation(student, targets.distiller), targets)
+
+
+def with_live_teacher(job: Job, teacher: LiveTeacher, student: nn.Module) -> Teaching:
+    """A student with the distiller between it and a teacher that trains at every step."""
+    distiller = distiller_between(job, student.taps, teacher.network.taps)
+    distillation = Distillation(student, distiller, teacher.network)
+    return Teaching(distillation, TeacherTargets(None, distiller, None, None), teacher)

@@ -7,7 +7,7 @@ if __name__ == "__main__":
 
 from spark_dist.training.checks import check_network
 from spark_dist.training.job import open_job
-from spark_dist.training.stage import train_stage, untaught
+from spark_dist.training.stage import Stage, train_stage, without_teacher
 
 from .config import TrainOptions
 
@@ -18,12 +18,11 @@ def run(options: TrainOptions) -> None:
     """Train, and test the epoch that was best on val."""
     check_network(options, options.network, options.width)
     with open_job(options, {"network": options.network, "method": "none"}) as job:
-        train_stage(
-            job,
-            "student",
-            options.network,
-            options.width,
-            untaught,
-            options.epochs_of(job.table),
+        stage = Stage(
+            role="student",
+            network=options.network,
+            width=options.width,
+            epochs=options.epochs_of(job.table),
             pretrained=options.pretrained,
         )
+        train_stage(job, stage, without_teacher)

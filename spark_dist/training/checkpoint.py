@@ -7,14 +7,68 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import nn
 
 from data_tools.errors import UserError
 from data_tools.files import write_atomically
+from spark_dist.networks.checkpoint import load_weights
 
 PARTS = {"epoch": int, "step": int, "best": float, "losses": list, "model": dict, "optimizer": dict, "processes": int}
 """What every saved state holds, and of which type."""
 
 log = logging.getLogger(__name__)
+
+
+def save_checkpoint(
+    accelerator: Accelerator, folder: Path, step: int, place: Mapping[str, Any], parts: Mapping[str, Any], keep: int
+) -> None:
+    """Save everything that the rest of a stage depends on: what the objects in `parts` hold, and where the run is.
+
+    Random numbers are no part of it: they follow from the seed, the epoch, the step and the process.
+    """
+    tensors = {name: part.state_dict() for name, part in parts.items() if part is not None}
+    if accelerator.is_main_process:
+        how = {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
+        save_state(folder / "checkpoints", step, place | tensors | how, keep)
+    accelerator.wait_for_everyone()
+
+
+def resume(accelerator: Accelerator, folder: Path, parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the objects in `parts` what a stage's newest whole checkpoint holds, and return the rest of it, the place in
+    the run; nothing if there is none."""
+    (path,) = broadcast_object_list([newest_state(folder / "checkpoints") if accelerator.is_main_process else None])
+    if path is None:
+        return {}
+    state, precision = load_state(path), accelerator.mixed_precision
+    if accelerator.scaler is None or "scaler" not in state:
+        # Only fp16 has one, and a job may go on in another precision.
+        parts = {name: part for name, part in parts.items() if name != "scaler"}
+        state.pop("scaler", None)
+    for name, part in parts.items():
+        if isinstance(part, nn.Module):
+            load_weights(part, state.pop(name), str(path))
+        elif part is not None:
+            load_part(part, state.pop(name), path)
+    before, now = state.pop("precision", precision), precision
+    if before != now:
+        accelerator.print(f"{folder.name}: goes on with mixed precision {now} instead of {before}")
+    before, now = state.pop("processes"), accelerator.num_processes
+    if before != now:
+        accelerator.print(
+            f"{folder.name}: goes on with {now} processes instead of {before} and the same slices in each batch, "
+            "but sums are rounded in another order, so that the weights are not the same to the bit"
+        )
+    return state
+
+
+def epochs_done(accelerator: Accelerator, folder: Path) -> int:
+    """The whole epochs that a stage has behind it, by its newest saved state."""
+    done = 0
+    if accelerator.is_main_process and (path := newest_state(folder / "checkpoints")):
+        done = load_state(path)["epoch"]
+    return broadcast_object_list([done])[0]
 
 
 def save_state(folder: Path, step: int, state: Mapping[str, Any], keep: int) -> None:

@@ -149,7 +149,7 @@ def deepspeed_settings(accumulate: int, clip: float) -> dict[str, Any]:
     }
 
 
-class Shards:
+class ZeroOptimizerState:
     """DeepSpeed's optimizer, of which each process has a part, as one that is saved and loaded whole."""
 
     PARTS = ("base_optimizer_state", "single_partition_of_fp32_groups")
@@ -175,7 +175,11 @@ class Shards:
 
 def saveable(accelerator: Accelerator, optimizer):
     """What of a prepared optimizer goes into a checkpoint."""
-    return Shards(optimizer.optimizer) if accelerator.distributed_type == DistributedType.DEEPSPEED else optimizer
+    return (
+        ZeroOptimizerState(optimizer.optimizer)
+        if accelerator.distributed_type == DistributedType.DEEPSPEED
+        else optimizer
+    )
 
 
 def shut_down(accelerator: Accelerator) -> None:

@@ -96,7 +96,7 @@ def matching_cache(job: Job, targets: TeacherTargets, card: ModelCard) -> Teache
     return cache
 
 
-def weigh(job: Job, targets: TeacherTargets, cache: TeacherCache, epochs: range) -> None:
+def choose_cache(job: Job, targets: TeacherTargets, cache: TeacherCache, epochs: range) -> None:
     """Try the cache on a few slices; say what it needs, gains and costs; with `--cache auto`, leave it idle where it is
     of no use. Training is the same with an idle cache, which still rounds.
     """

@@ -1,15 +1,15 @@
 """The loop of `train` and `distill`, read from top to bottom."""
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, broadcast_object_list, gather_object
+from accelerate.utils import broadcast, gather_object
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -18,100 +18,131 @@ from data_tools.progress import console, progress_bar
 from spark_dist.config import TrainingOptions
 from spark_dist.data.batches import Batch, SliceDataset, to_device
 from spark_dist.data.loader import Prefetcher
-from spark_dist.data.order import EpochSampler
-from spark_dist.networks.checkpoint import ModelCard, load_weights, save_network
+from spark_dist.networks.checkpoint import ModelCard, save_network
 from spark_dist.teacher.targets import TeacherTargets
 
-from .checkpoint import load_part, load_state, newest_state, save_state
+from .checkpoint import resume, save_checkpoint
 from .distillation import Distillation
 from .distributed import Pace, saveable
+from .live import LiveTeacher
+from .tracking import Tracker
+from .validation import Validate
 
 
-def fit(
-    accelerator: Accelerator,
-    distillation: Distillation,
-    teacher: TeacherTargets,
-    loader: Prefetcher,
-    validate: Callable[[torch.nn.Module], dict[str, float]],
-    options: TrainingOptions,
-    epochs: int,
-    until: int,
-    folder: Path,
-    card: ModelCard,
-    tracker,
-) -> None:
-    """Train until `until` of `epochs` are over, and leave the student of the best val Dice in folder/best.safetensors.
+@dataclass(frozen=True)
+class Teaching:
+    """A student with its distiller, and the teacher behind it."""
 
-    `teacher(batch)` gives the distiller's targets. `validate(student)` gives figures of which `val/dice` decides. The
-    run goes on from the newest whole state in folder/checkpoints, to the same weights as if it had never stopped.
+    distillation: Distillation
+    targets: TeacherTargets
+    """What the teacher says to a batch, where it does not train."""
+    live_teacher: LiveTeacher | None = None
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """How a stage trains its network, for how long, and where its results go."""
+
+    options: TrainingOptions
+    epochs: int
+    """Epochs of the learning rate's schedule."""
+    stop_epoch: int
+    """The epoch to stop after, for now."""
+    folder: Path
+    card: ModelCard
+    tracker: Tracker
+
+
+def fit(accelerator: Accelerator, teaching: Teaching, loader: Prefetcher, validate: Validate, run: StageRun) -> None:
+    """Train until `run.stop_epoch` is over, and leave the student of the best val Dice in folder/best.safetensors.
+
+    The run goes on from the newest whole state in folder/checkpoints, to the same weights as if it had never stopped.
 
     Raises `Interrupted` after a signal to stop, with the state saved; `UserError` if the loss is not finite.
     """
-    sampler: EpochSampler = loader.batch_sampler
+    options, distillation, sampler = run.options, teaching.distillation, loader.batch_sampler
     optimizer = torch.optim.Adam(distillation.parameters(), lr=options.lr, fused=True)
     model, optimizer = accelerator.prepare(distillation, optimizer)
     average = moving_average(distillation.student, options.ema)
     student = average.module if average else distillation.student
-    state_of_optimizer, scaler = saveable(accelerator, optimizer), accelerator.scaler
-    saved = {"model": distillation, "optimizer": state_of_optimizer, "average": average, "scaler": scaler}
-    state = {"epoch": 0, "step": 0, "best": -1.0, "losses": []} | resume(accelerator, folder, saved)
+    saved = {"model": distillation, "optimizer": saveable(accelerator, optimizer)}
+    saved |= {"average": average, "scaler": accelerator.scaler}
+    state = {"epoch": 0, "step": 0, "best": -1.0, "losses": []} | resume(accelerator, run.folder, saved)
     done = state["epoch"] * sampler.steps + state["step"]
     losses = Losses(accelerator, loader.dataset, sampler.accumulate, state["losses"])
     pace = Pace(accelerator, options.checkpoint_minutes, options.checkpoint_steps, done)
-    with progress_bar(folder.name, epochs * sampler.steps, done, accelerator.is_main_process) as advance:
-        for epoch in range(state["epoch"], until):
-            lr = cosine(*options.learning_rates, epoch / epochs)
+    with progress_bar(run.folder.name, run.epochs * sampler.steps, done, accelerator.is_main_process) as advance:
+        model.train()
+        for epoch, part, raw in parts_of_batches(loader, state["epoch"], state["step"], run.stop_epoch):
+            lr = cosine(*options.learning_rates, epoch / run.epochs)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            model.train()
-            sampler.epoch, sampler.start = epoch, state["step"]
-            for part, raw in enumerate(loader, start=sampler.start * sampler.accumulate):
-                # Dropout and masks depend on where the run is, not on how it came here.
-                torch.manual_seed(step_seed(options.seed, epoch, part, accelerator.process_index))
-                batch = to_device(raw, loader.dataset, accelerator.device)
-                with accelerator.accumulate(model):
-                    terms = model(batch.image, *teacher(batch), batch.index, batch.known)
-                    accelerator.backward(sum(terms.values()) * sampler.weight(part))
-                    if options.clip and accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(distillation.parameters(), options.clip)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                losses.add(batch, terms, sampler.weight(part))
-                step, left = divmod(part + 1, sampler.accumulate)
-                if left:
-                    continue
-                if average:
-                    average.update_parameters(distillation.student)
-                if step == sampler.steps or step % options.log_every == 0:
-                    done = epoch * sampler.steps + step
-                    tracker.metrics({f"train/{k}": v for k, v in losses.flush().items()}, done)
-                    stopping, due = pace.look(done)
-                    if step < sampler.steps and (stopping or due):
-                        state |= {"epoch": epoch, "step": step, "losses": losses.epoch}
-                        checkpoint(accelerator, folder, done, state, saved, teacher, options.keep_checkpoints)
-                    if step < sampler.steps and stopping:
-                        raise Interrupted(f"stopped as told after epoch {epoch + 1} step {step}; resumes there")
-                advance(f"epoch {epoch + 1}/{epochs} loss {losses.latest:.3f} best {max(state['best'], 0):.3f}")
-            figures = {"lr": lr, "train/loss_epoch": losses.epoch_mean()}
-            if options.validates(epoch, sampler.steps) or epoch + 1 == until:
+            # Dropout and masks depend on where the run is, not on how it came here.
+            torch.manual_seed(step_seed(options.seed, epoch, part, accelerator.process_index))
+            batch = to_device(raw, loader.dataset, accelerator.device)
+            with accelerator.accumulate(model):
+                terms = model(batch.image, *teaching.targets(batch), batch.index, batch.known)
+                accelerator.backward(sum(terms.values()) * sampler.weight(part))
+                if options.clip and accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(distillation.parameters(), options.clip)
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.add(batch, terms, sampler.weight(part))
+            step, parts_left = divmod(part + 1, sampler.accumulate)
+            if parts_left:
+                continue
+            if average:
+                average.update_parameters(distillation.student)
+            advance(f"epoch {epoch + 1}/{run.epochs} loss {losses.latest:.3f} best {max(state['best'], 0):.3f}")
+            done, epoch_over = epoch * sampler.steps + step, step == sampler.steps
+            if not epoch_over and step % options.log_every:
+                continue
+            metrics = {f"train/{name}": value for name, value in losses.flush().items()}
+            if teaching.live_teacher:
+                teaching.live_teacher.tracker.metrics({"train/loss": metrics["train/teacher"]}, done)
+            state |= {"epoch": epoch, "step": step, "losses": losses.epoch}
+            if epoch_over:
+                metrics |= {"lr": lr, "train/loss_epoch": losses.epoch_mean()}
+                state |= {"epoch": epoch + 1, "step": 0, "losses": losses.epoch}
+            if epoch_over and (options.validates(epoch, sampler.steps) or epoch + 1 == run.stop_epoch):
                 # Each process has seen other samples: the running statistics are those of the main process.
                 broadcast([*distillation.buffers(), *student.buffers()])
-                figures |= validate(student)
-                if figures["val/dice"] > state["best"]:
-                    state["best"] = figures["val/dice"]
-                    if accelerator.is_main_process:
-                        found = replace(card, epoch=epoch + 1, val_dice=state["best"])
-                        save_network(folder / "best.safetensors", student, found)
-            tracker.metrics(figures, done)
-            if accelerator.is_main_process:
-                shown = f", val Dice {figures['val/dice']:.4f}" if "val/dice" in figures else ""
-                console.print(
-                    f"{folder.name}: epoch {epoch + 1}/{epochs}, loss {figures['train/loss_epoch']:.4f}{shown}"
-                )
-            state |= {"epoch": epoch + 1, "step": 0, "losses": []}
-            checkpoint(accelerator, folder, done, state, saved, teacher, options.keep_checkpoints)
-            if pace.look(done)[0]:
-                raise Interrupted(f"stopped as told after epoch {epoch + 1}; the same command goes on from there")
+                if teaching.live_teacher:
+                    teaching.live_teacher.validate(accelerator, validate, epoch + 1, done)
+                metrics |= validate(student)
+                best, state["best"] = state["best"], max(state["best"], metrics["val/dice"])
+                if state["best"] > best and accelerator.is_main_process:
+                    card = replace(run.card, epoch=epoch + 1, val_dice=state["best"])
+                    save_network(run.folder / "best.safetensors", student, card)
+                model.train()
+            run.tracker.metrics(metrics, done)
+            if epoch_over and accelerator.is_main_process:
+                console.print(epoch_line(run, epoch, metrics))
+            stopping, due = pace.look(done)
+            if epoch_over or stopping or due:
+                teaching.targets.flush()
+                save_checkpoint(accelerator, run.folder, done, state, saved, options.keep_checkpoints)
+            if stopping:
+                place = f"epoch {epoch + 1}" if epoch_over else f"epoch {epoch + 1} step {step}"
+                raise Interrupted(f"stopped as told after {place}; the same command goes on from there")
+
+
+def parts_of_batches(
+    loader: Prefetcher, epoch: int, step: int, stop_epoch: int
+) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """The batches from a step of an epoch to the end of epoch `stop_epoch`, in the parts that they are accumulated of:
+    epoch, part's position in it, and part."""
+    sampler = loader.batch_sampler
+    for current in range(epoch, stop_epoch):
+        sampler.epoch, sampler.start = current, step if current == epoch else 0
+        for part, raw in enumerate(loader, start=sampler.start * sampler.accumulate):
+            yield current, part, raw
+
+
+def epoch_line(run: StageRun, epoch: int, metrics: Mapping[str, float]) -> str:
+    """An epoch for people."""
+    found = f", val Dice {metrics['val/dice']:.4f}" if "val/dice" in metrics else ""
+    return f"{run.folder.name}: epoch {epoch + 1}/{run.epochs}, loss {metrics['train/loss_epoch']:.4f}{found}"
 
 
 def cosine(start: float, end: float, part: float) -> float:
@@ -129,55 +160,6 @@ def moving_average(student: torch.nn.Module, decay: float) -> AveragedModel | No
     if not decay:
         return None
     return AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True).eval()
-
-
-def checkpoint(
-    accelerator: Accelerator,
-    folder: Path,
-    done: int,
-    state: dict[str, Any],
-    saved: dict[str, Any],
-    teacher: TeacherTargets,
-    keep: int,
-) -> None:
-    """Save everything that the rest of the run depends on: what the objects in `saved` hold, and where the run is.
-
-    Random numbers are no part of it: they follow from the seed, the epoch, the step and the process.
-    """
-    teacher.flush()
-    tensors = {name: part.state_dict() for name, part in saved.items() if part is not None}
-    if accelerator.is_main_process:
-        how = {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
-        save_state(folder / "checkpoints", done, state | tensors | how, keep)
-    accelerator.wait_for_everyone()
-
-
-def resume(accelerator: Accelerator, folder: Path, saved: dict[str, Any]) -> dict[str, Any]:
-    """Give the objects in `saved` what the newest whole checkpoint holds, and return the rest of it; nothing if there
-    is none."""
-    (path,) = broadcast_object_list([newest_state(folder / "checkpoints") if accelerator.is_main_process else None])
-    if path is None:
-        return {}
-    state, precision = load_state(path), accelerator.mixed_precision
-    if accelerator.scaler is None or "scaler" not in state:
-        # Only fp16 has one, and a job may go on in another precision.
-        saved = {name: part for name, part in saved.items() if name != "scaler"}
-        state.pop("scaler", None)
-    for name, part in saved.items():
-        if isinstance(part, torch.nn.Module):
-            load_weights(part, state.pop(name), str(path))
-        elif part is not None:
-            load_part(part, state.pop(name), path)
-    before, now = state.pop("precision", precision), precision
-    if before != now:
-        accelerator.print(f"{folder.name}: goes on with mixed precision {now} instead of {before}")
-    before, now = state.pop("processes"), accelerator.num_processes
-    if before != now:
-        accelerator.print(
-            f"{folder.name}: goes on with {now} processes instead of {before} and the same slices in each batch, "
-            "but sums are rounded in another order, so that the weights are not the same to the bit"
-        )
-    return state
 
 
 class Losses:

@@ -1,9 +1,9 @@
 """A stage of a job: one network is trained, validated and tested."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.utils import set_seed
@@ -13,7 +13,7 @@ from data_tools.errors import UserError
 from data_tools.files import write_text
 from spark_dist.config import TrainingOptions
 from spark_dist.data.batches import SliceDataset, support_set
-from spark_dist.data.loader import training_loader
+from spark_dist.data.loader import Prefetcher, training_loader
 from spark_dist.data.order import EpochSampler
 from spark_dist.distillers.plain import Plain
 from spark_dist.networks import build_network
@@ -21,108 +21,143 @@ from spark_dist.networks.checkpoint import ModelCard
 from spark_dist.networks.resnet import load_pretrained
 from spark_dist.teacher.targets import TeacherTargets
 
-from .checkpoint import states
+from .checkpoint import epochs_done
 from .distillation import Distillation
 from .job import Job, tracked
-from .live import Beside
-from .loop import fit
+from .loop import StageRun, Teaching, fit
+from .tracking import Tracker
 from .validation import evaluate_on_test, validation
 
-Teaching = Callable[[nn.Module], tuple[Distillation, TeacherTargets]]
-"""From a student to what is trained and the source of its distiller's targets."""
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One network of a job, as the options say: how it is built and for how long it trains."""
+
+    role: str
+    """`teacher`, `student`, or `network` where one is trained alone; its folder in the job's has this name."""
+    network: str
+    width: float
+    epochs: int
+    method: str = "none"
+    """The distillation method that it learns by."""
+    pretrained: Path | None = None
+    """ImageNet weights for its encoder."""
 
 
-def build(job: Job, name: str, width: float, pretrained: Path | None) -> nn.Module:
+def train_stage(
+    job: Job,
+    stage: Stage,
+    teach: Callable[[nn.Module], Teaching],
+    stop_epoch: int | None = None,
+    teacher: Path | None = None,
+) -> Path:
+    """Train a network, test the epoch that was best on val, and return its checkpoint.
+
+    `teach` puts the network together with what it learns from. With `stop_epoch`, only so many of the epochs: the last
+    call tests. Its picture shows the predictions of the checkpoint `teacher` too. A stage that is done already is left
+    as it is.
+    """
+    options, accelerator, folder = job.options, job.accelerator, job.folder / stage.role
+    best, stop_epoch = folder / "best.safetensors", stop_epoch or stage.epochs
+    if (folder / "test_cases.json").exists():
+        job.say(f"{stage.role}: done already, {best}")
+        return best
+    if stop_epoch < stage.epochs and epochs_done(accelerator, folder) >= stop_epoch:
+        return best
+    network, card = build(job, stage), model_card(job, stage)
+    with stage_tracker(job, stage.role, card, network) as tracker:
+        teaching = teach(network)
+        adapt(teaching.distillation, options)
+        loader = stage_loader(job, teaching.targets)
+        with memory_explained(options, accelerator.num_processes):
+            run = StageRun(options, stage.epochs, stop_epoch, folder, card, tracker)
+            fit(accelerator, teaching, loader, validation(job), run)
+        if teaching.targets.teacher is not None:
+            metrics = count_cache_use(job, stage.role, teaching.targets)
+            metrics["cache/waited_seconds"] = loader.waited
+            tracker.metrics(metrics, step=stop_epoch * loader.batch_sampler.steps)
+        if stop_epoch == stage.epochs:
+            tracker.artifact(best)
+            evaluate_on_test(job, stage.role, best, folder, tracker, teacher)
+    return best
+
+
+def without_teacher(network: nn.Module) -> Teaching:
+    """Training on the ground truth alone."""
+    distiller = Plain()
+    return Teaching(Distillation(network, distiller), TeacherTargets(None, distiller, None, None))
+
+
+def build(job: Job, stage: Stage) -> nn.Module:
     """A network with the weights that the job's seed (or ImageNet) gives it, the same with and without a teacher.
 
     One that is shown examples gets them from the training slices.
     """
     options = job.options
     set_seed(options.seed)
-    network = build_network(name, width=width)
-    if pretrained:
-        load_pretrained(network, pretrained)
+    network = build_network(stage.network, width=stage.width)
+    if stage.pretrained:
+        load_pretrained(network, stage.pretrained)
     if hasattr(network, "set_support"):
         images, masks, names = support_set(job.table, options.slice_spec, options.support_slices, options.seed)
         network.set_support(images, masks)
-        job.say(f"{name}: support set of {len(names)} training slices, listed in {job.folder}/support.txt")
+        job.say(f"{stage.network}: support set of {len(names)} training slices, listed in {job.folder}/support.txt")
         if job.accelerator.is_main_process:
             write_text(job.folder / "support.txt", "\n".join(names) + "\n")
         job.tracker.artifact(job.folder / "support.txt")
     return network
 
 
-def train_stage(
-    job: Job,
-    role: str,
-    name: str,
-    width: float,
-    teaching: Teaching,
-    epochs: int,
-    method: str = "none",
-    pretrained: Path | None = None,
-    teacher: Path | None = None,
-    until: int | None = None,
-    beside: "Beside | None" = None,
-) -> Path:
-    """Train the network `name` as the job's `role`, test the epoch that was best on val, and return its checkpoint.
+def model_card(job: Job, stage: Stage) -> ModelCard:
+    """The facts about a stage's network before it has been trained."""
+    options = job.options
+    return ModelCard(
+        network=stage.network,
+        width=stage.width,
+        method=stage.method,
+        seed=options.seed,
+        dataset=options.dataset.stem,
+        store=job.store.fingerprint(),
+        split=options.split,
+        spec=options.slice_spec,
+    )
 
-    With `until`, only so many of the epochs: the last call tests. `beside` is a network that the stage trains along.
-    A stage that is done already is left as it is.
-    """
-    folder = job.folder / role
-    best = folder / "best.safetensors"
-    if (folder / "test_cases.json").exists():
-        job.say(f"{role}: done already, {best}")
-        return best
-    until = until or epochs
-    if until < epochs and epochs_done(job, folder) >= until:
-        return best
+
+def stage_tracker(job: Job, role: str, card: ModelCard, network: nn.Module) -> AbstractContextManager[Tracker]:
+    """A run below the job's, with the tags that runs are compared by."""
+    tags = {key: getattr(card, key) for key in ("network", "width", "method", "seed", "dataset", "split")}
+    tags |= {"role": role, "task": card.spec.task, "parameters": sum(p.numel() for p in network.parameters())}
+    return tracked(job.accelerator, job.options, f"{role} {card.network}", job.folder / role, tags, job.tracker)
+
+
+def adapt(distillation: Distillation, options: TrainingOptions) -> None:
+    """Prepare a model, in place, for how the options want it computed."""
+    if options.sync_batchnorm:
+        nn.SyncBatchNorm.convert_sync_batchnorm(distillation)
+    if options.channels_last:
+        distillation.to(memory_format=torch.channels_last)
+    if options.compile:
+        distillation.student.compile()
+
+
+def stage_loader(job: Job, targets: TeacherTargets) -> Prefetcher:
+    """This process's shares of the training batches, with what the cache holds of their targets."""
     options, accelerator = job.options, job.accelerator
-    network = build(job, name, width, pretrained)
-    card = model_card(job, name, width, method)
-    with tracked(
-        accelerator, options, f"{role} {name}", folder, stage_tags(role, card, network), job.tracker
-    ) as tracker:
-        model, targets = teaching(network)
-        table = job.transfer_table if targets.teacher is not None else job.table
-        sampler = EpochSampler(
-            options.order(table), accelerator.process_index, accelerator.num_processes, options.accumulate
-        )
-        dataset = SliceDataset(table, options.slice_spec, targets.cache, options.slice_views)
-        loader = training_loader(dataset, sampler, options.workers)
-        if options.sync_batchnorm:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        if options.channels_last:
-            model.to(memory_format=torch.channels_last)
-        if options.compile:
-            model.student.compile()
-        with memory_explained(options, accelerator.num_processes):
-            fit(
-                accelerator,
-                model,
-                targets,
-                loader,
-                beside.validation(job) if beside else validation(job),
-                options,
-                epochs,
-                until,
-                folder,
-                card,
-                beside.tracking(tracker) if beside else tracker,
-            )
-        if targets.teacher is not None:
-            counts = torch.tensor([targets.hits, targets.forwards, targets.damaged], device=accelerator.device)
-            hits, forwards, damaged = accelerator.reduce(counts).tolist()
-            found = f", {damaged} damaged entries" if damaged else ""
-            job.say(f"{role}: {hits} targets read from the cache, {forwards} by a teacher forward{found}")
-            figures = {"cache/hits": hits, "cache/teacher_forwards": forwards, "cache/damaged": damaged}
-            tracker.metrics(figures | {"cache/waited_seconds": loader.waited}, step=until * sampler.steps)
-        if until < epochs:
-            return best
-        tracker.artifact(best)
-        evaluate_on_test(job, role, best, folder, tracker, teacher)
-    return best
+    table = job.transfer_table if targets.teacher is not None else job.table
+    sampler = EpochSampler(
+        options.order(table), accelerator.process_index, accelerator.num_processes, options.accumulate
+    )
+    dataset = SliceDataset(table, options.slice_spec, targets.cache, options.slice_views)
+    return training_loader(dataset, sampler, options.workers)
+
+
+def count_cache_use(job: Job, role: str, targets: TeacherTargets) -> dict[str, float]:
+    """How many targets came from the cache and how many from the teacher, over all processes; said, too."""
+    counts = torch.tensor([targets.hits, targets.forwards, targets.damaged], device=job.accelerator.device)
+    hits, forwards, damaged = job.accelerator.reduce(counts).tolist()
+    found = f", {damaged} damaged entries" if damaged else ""
+    job.say(f"{role}: {hits} targets read from the cache, {forwards} by a teacher forward{found}")
+    return {"cache/hits": hits, "cache/teacher_forwards": forwards, "cache/damaged": damaged}
 
 
 @contextmanager
@@ -140,38 +175,3 @@ def memory_explained(options: TrainingOptions, processes: int) -> Iterator[None]
             f"{2 * options.accumulate}, --batch-size {max(options.batch_size // 2, 1)}, more processes, --crop "
             f"{rows // 2 // 32 * 32 or rows // 2} or mixed precision, in a new folder (--out)"
         ) from None
-
-
-def epochs_done(job: Job, folder: Path) -> int:
-    """How many whole epochs a stage has behind it, by the name of its newest state."""
-    steps = -(-len(job.table) // job.options.batch_size)
-    found = states(folder / "checkpoints")
-    return int(found[-1].stem.removeprefix("step-")) // steps if found else 0
-
-
-def model_card(job: Job, name: str, width: float, method: str) -> ModelCard:
-    """The facts about a network of the job, before it has been trained."""
-    options = job.options
-    return ModelCard(
-        network=name,
-        width=width,
-        method=method,
-        seed=options.seed,
-        dataset=options.dataset.stem,
-        store=job.store.fingerprint(),
-        split=options.split,
-        spec=options.slice_spec,
-    )
-
-
-def stage_tags(role: str, card: ModelCard, network: nn.Module) -> dict[str, Any]:
-    """What runs are compared by."""
-    keys = ("network", "width", "method", "seed", "dataset", "split")
-    parameters = sum(p.numel() for p in network.parameters())
-    return {"role": role, "parameters": parameters, "task": card.spec.task, **{key: getattr(card, key) for key in keys}}
-
-
-def untaught(network: nn.Module) -> tuple[Distillation, TeacherTargets]:
-    """Training on the truth alone."""
-    distiller = Plain()
-    return Distillation(network, distiller), TeacherTargets(None, distiller, None, None)

@@ -13,8 +13,11 @@ from spark_dist.networks.checkpoint import load_network
 from .job import Job
 from .tracking import Tracker
 
+Validate = Callable[[nn.Module], dict[str, float]]
+"""From a network to its metrics on the val cases; the epoch with the best `val/dice` is kept."""
 
-def validation(job: Job) -> Callable[[nn.Module], dict[str, float]]:
+
+def validation(job: Job) -> Validate:
     """A function from a network to its mean metrics over the val cases."""
     cases = job.store.split(job.options.split, "val")
 

@@ -16,9 +16,8 @@ from data_tools.errors import UserError
 from spark_dist.data.order import EpochSampler, Order
 from spark_dist.networks import build_network
 from spark_dist.networks.checkpoint import save_network
-from spark_dist.training.checkpoint import load_state, newest_state, save_state
+from spark_dist.training.checkpoint import load_state, newest_state, resume, save_state
 from spark_dist.training.journal import read_journal
-from spark_dist.training.loop import resume
 
 SMALL = ("--task", "organ", "--crop", 32, "--crop-shift", "[0,0]", "--batch-size", 6, "--log-every", 2)
 SMALL += ("--teacher", "unet", "--teacher-width", 0.05, "--student-width", 0.25, "--method", "crd", "--epochs", 5)
