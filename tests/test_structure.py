@@ -1,5 +1,6 @@
 """What keeps the rooms of the project apart."""
 
+import ast
 import inspect
 import subprocess
 import sys
@@ -28,7 +29,26 @@ def test_a_room_does_not_import_what_is_not_its_business(modules, forbidden):
 def test_the_loop_fits_on_a_page():
     from spark_dist.training.loop import fit
 
-    assert len(inspect.getsource(fit).splitlines()) <= 85
+    source = inspect.getsource(fit)
+    assert len(source.splitlines()) <= 80
+    assert depth(ast.parse(source).body[0]) <= 4
+
+
+def depth(node: ast.AST) -> int:
+    """How deep loops, branches and the like are nested below a node."""
+    blocks = (ast.For, ast.While, ast.If, ast.With, ast.Try, ast.FunctionDef, ast.Match)
+    return max((isinstance(child, blocks) + depth(child) for child in ast.iter_child_nodes(node)), default=0)
+
+
+def test_depth_is_counted():
+    assert depth(ast.parse("for a in b:\n  if a:\n    pass\n  with a:\n    while a:\n      pass")) == 3
+
+
+def test_what_trains_takes_few_arguments():
+    from spark_dist.training import loop, stage
+
+    for function in (loop.fit, stage.train_stage, stage.evaluate_on_test):
+        assert len(inspect.signature(function).parameters) <= 6, function
 
 
 def test_train_and_distill_share_the_loop():

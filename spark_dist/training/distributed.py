@@ -174,12 +174,10 @@ class ZeroOptimizerState:
 
 
 def saveable(accelerator: Accelerator, optimizer):
-    """What of a prepared optimizer goes into a checkpoint."""
-    return (
-        ZeroOptimizerState(optimizer.optimizer)
-        if accelerator.distributed_type == DistributedType.DEEPSPEED
-        else optimizer
-    )
+    """The part of a prepared optimizer that goes into a checkpoint."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return ZeroOptimizerState(optimizer.optimizer)
+    return optimizer
 
 
 def shut_down(accelerator: Accelerator) -> None:
