@@ -69,6 +69,10 @@ def command(module: str, argv: Sequence[str] | None = None, program: str | None 
         say_error(str(stop))
         return REQUEUE
     except Exception as error:
+        if "allocate memory" in str(error) or "out of memory" in str(error) or isinstance(error, MemoryError):
+            reason = " ".join(str(error).split())[:160]
+            say_error(f"error: out of memory ({reason}); try smaller networks, slices or batches")
+            return 2
         from spark_dist.training.distributed import lost_contact
 
         if not (why := lost_contact(error)):

@@ -53,25 +53,31 @@ def option_parser(options: type[Options], program: str) -> ArgumentParser:
         formatter_class=HelpFormatter,
         print_config=None,
     )
-    for field in fields(options):
-        if "positional" in field.metadata:
-            parser.add_argument(field.name, nargs=field.metadata.get("nargs"), help=field.metadata["positional"])
+    positional = [field for field in fields(options) if "positional" in field.metadata]
+    for field in positional:
+        parser.add_argument(field.name, nargs=field.metadata.get("nargs"), help=field.metadata["positional"])
     parser.add_argument("--config", action="config", metavar="FILE", help="recipe: a YAML file of options")
+    parser.add_class_arguments(options, as_group=False, skip={field.name for field in positional})
+    # All are added in one go, as reading the docstrings takes its time, and then dealt out to their groups.
+    actions = {action.dest: action for action in parser._actions}
     for title, names in groups(options).items():
-        group = parser.add_argument_group(title) if title else parser
-        group.add_class_arguments(options, as_group=False, skip={f.name for f in fields(options)} - set(names))
+        group = parser.add_argument_group(title)
+        for name in names:
+            parser._optionals._group_actions.remove(actions[name])
+            group._group_actions.append(actions[name])
+    needed = [f"{flag(a.dest)} {a.dest.upper()}" for a in parser._actions if a.required and a.option_strings]
+    parser.usage = " ".join(["%(prog)s", *needed, "[options]", *(f"{field.name} …" for field in positional)])
     return parser
 
 
 def groups(options: type[Options]) -> dict[str, list[str]]:
     """Names of options under the title of their group: the docstring of the base class that declares them. A command's
-    own have none."""
+    own are in none."""
     found: dict[str, list[str]] = {}
-    for base in options.__mro__:
-        title = "" if base is options else str(base.__doc__)
+    for base in options.__mro__[1:]:
         for field in fields(base) if is_dataclass(base) else ():
-            if "positional" not in field.metadata and home(options, field) is base:
-                found.setdefault(title, []).append(field.name)
+            if home(options, field) is base:
+                found.setdefault(str(base.__doc__), []).append(field.name)
     return found
 
 

@@ -1,0 +1,196 @@
+"""Any value for any option of any command: a result or one line, never a traceback, and nothing is written outside the
+folders that the command names."""
+
+import os
+import shutil
+from contextlib import contextmanager
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from conftest import keep_signals
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+import spark_dist.training.job
+from data_tools.errors import Interrupted
+from spark_dist import cache, profile
+from spark_dist.cli import COMMANDS, REQUEUE, main
+from spark_dist.options import flag
+
+DATA = {"dataset": "tiny.zarr"}
+JOB = DATA | {"task": "organ", "crop": "32", "crop-shift": "[0,0]", "batch-size": "8", "epochs": "2", "out": "new"}
+TEACHER = {"teacher": "enet", "teacher-width": "0.25", "teacher-checkpoint": "best.safetensors"}
+GIVEN = {
+    "train": (JOB | {"network": "enet"}, ()),
+    "distill": (JOB | TEACHER, ()),
+    "cache": (JOB | TEACHER | {"cache-folder": "caches"}, ()),
+    "evaluate": (DATA | {"out": "new.json"}, ("best.safetensors",)),
+    "compare": ({"csv": "new.csv", "json": "new.json"}, ()),
+    "profile": ({"crop": "32", "csv": "new.csv", "json": "new.json"}, ("enet",)),
+    "picture": (DATA | {"rows": "1", "out": "new.png"}, ("best.safetensors",)),
+    "sweep": ({}, ("grid.yaml",)),
+    "track-sync": ({}, ("job",)),
+}
+"""Options and arguments with which each command does something; one of them, or another one, then gets any value."""
+OUTPUTS = ("out", "csv", "json", "cache-folder")
+"""Options that name what a command may write."""
+
+NUMBERS = st.one_of(
+    st.integers(-3, 70), st.integers(), st.floats(), st.sampled_from([10**9, 2**31, 2**63, 10**40, -0.0, 1e308, 1e-320])
+)
+ODD = [
+    r".",
+    r"..",
+    r"-",
+    r"--",
+    r"-1",
+    r"null",
+    r"~",
+    r"true",
+    r"no",
+    r"[]",
+    r"[1,2]",
+    r"[[1]]",
+    r"{}",
+    r"{a:1}",
+    r"&a",
+    r"*a",
+    r"!!python/name:os.system",
+    r"%s",
+    r"{0}",
+    r"$x",
+    r"[/x]",
+    r"\x",
+    r"é…⟶",
+    r"1e3",
+    r"0x10",
+    r"a=b",
+    r"all",
+    r"test",
+    r"val",
+    r"tumour",
+    r"cpu",
+    r"live",
+    r"off",
+    r"int8",
+    r"tfkd",
+    r"rkd",
+    r"unet2022",
+    r"universeg",
+    r"no-test",
+    r"tiny.zarr",
+    r"best.safetensors",
+    r"grid.yaml",
+    r"job",
+    r"job/config.yaml",
+    r"job/student",
+    r"nothing/there",
+]
+ODD += ["", " ", "a: b", "a\nb", "\udcff", "x" * 300]
+WORDS = st.one_of(st.text(max_size=12), st.sampled_from(ODD))
+ALWAYS = {"deadline": None, "derandomize": True, "database": None, "suppress_health_check": list(HealthCheck)}
+"""The same examples in every run of the tests."""
+VALUES = st.one_of(NUMBERS.map(str), WORDS)
+
+
+@pytest.fixture(scope="module")
+def folder(jobs, tiny_store, tmp_path_factory):
+    """A folder with all that the commands want: a store, a job and its weights, MLflow's database, a grid."""
+    folder = tmp_path_factory.mktemp("any") / "here"
+    folder.mkdir()
+    shutil.copytree(tiny_store, folder / "tiny.zarr")
+    options = ("--dataset", "tiny.zarr", "--task", "organ", "--crop", 32, "--crop-shift", "[0,0]", "--epochs", 1)
+    codes, log = jobs("train", *options, "--network", "enet", "--width", 0.25, "--out", "job", folder=folder)
+    assert codes == [0], log
+    shutil.copy(folder / "job" / "student" / "best.safetensors", folder)
+    (folder / "grid.yaml").write_text("seed: [1, 2]\nmethod: [kd, spark]\n")
+    (folder / "caches" / "foreign" / "segments").mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def stops_where_the_work_begins(folder, monkeypatch):
+    """Jobs end when they have claimed their folder, and networks are not measured: all before that is real."""
+
+    @contextmanager
+    def stop(*_, **__):
+        raise Interrupted("all is checked")
+        yield
+
+    def begin(*_, **__):
+        raise Interrupted("all is checked")
+
+    monkeypatch.setattr(spark_dist.training.job, "tracked", stop)
+    monkeypatch.setattr(cache, "make_accelerator", begin)
+    monkeypatch.setattr(profile, "cost", lambda name, *_: profile.Cost(name, 1, 1.0, 1.0, 1.0))
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.chdir(folder)
+
+
+def tree(folder):
+    """Everything in a folder, with what would change if it were written to."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        facts = path.lstat()
+        found[path] = (facts.st_size, facts.st_mtime_ns) if path.is_file() else None
+    return found
+
+
+def restore(folder, before):
+    """Take away what is new."""
+    for path in sorted(tree(folder), reverse=True):
+        if path not in before:
+            path.rmdir() if path.is_dir() else path.unlink()
+
+
+def check(folder, command, option, value):
+    """Run a command in which an option, or an argument, has some value."""
+    options, arguments = GIVEN[command]
+    if option in ("checkpoint", "checkpoints", "networks", "grid", "folder"):
+        arguments = (value,)
+    else:
+        options = options | {option: value}
+    words = [f"--{name}={part}" for name, part in options.items()]
+    named = [Path(os.path.normpath(folder / part)) for name, part in options.items() if name in OUTPUTS and part]
+    before = tree(folder.parent)
+    with keep_signals():
+        try:
+            code = main([command, *words, "--", *arguments] if arguments else [command, *words])
+        except SystemExit as stop:  # --help
+            code = stop.code
+    after = tree(folder.parent)
+    restore(folder.parent, before)
+    assert code in (0, 2, REQUEUE)
+    changed = [path for path in after if after[path] != before.get(path, "new")]
+    aside = [path for path in changed if not any(path == place or place in path.parents for place in named)]
+    # MLflow's database lies where it was told to lie, and SQLite touches it when it is read.
+    assert not [path for path in aside if not path.name.startswith("mlflow.db")], aside
+    assert before.keys() <= after.keys()
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_any_value_is_a_result_or_one_line(command, folder, capsys):
+    names = [field.name for field in fields(import_module(f"spark_dist.{command.replace('-', '_')}").OPTIONS)]
+    options = st.sampled_from([flag(name)[2:] for name in names] + ["config"])
+
+    @settings(
+        max_examples=3 * len(names),
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+        database=None,
+    )
+    @given(options, VALUES)
+    def run(option, value):
+        if option in OUTPUTS:
+            # What is named may be written to, so that nothing is named that lies outside this test's folders.
+            value = value.lstrip("/")
+            assume(folder.parent in Path(os.path.normpath(folder / value.replace("\0", ""))).parents)
+        assume(not value.startswith(("http", "sqlite")))
+        check(folder, command, option, value)
+        error = capsys.readouterr().err
+        assert "Traceback" not in error
+
+    run()
