@@ -4,9 +4,13 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """Signals that ask a job to save its state and end."""
+
+LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "SLURM_STEP_ID")
+"""What torchrun, accelerate and srun set in the environment of the processes that they start."""
 
 
 def cores() -> int:
@@ -22,6 +26,23 @@ def end_with_parent() -> None:
 
     def watch() -> None:
         multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def end_with_launcher() -> None:
+    """From now on, this process ends soon after its launcher does, if it has one (see `LAUNCHERS`).
+
+    One whose launcher was killed would train on beside those that the same command starts next.
+    """
+    if not any(name in os.environ for name in LAUNCHERS):
+        return
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

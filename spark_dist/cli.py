@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from data_tools.errors import Interrupted, UserError, unknown_name
+from data_tools.workers import end_with_launcher
 
 COMMANDS = {
     "train": "train a network without a teacher",
@@ -50,6 +51,7 @@ def command(module: str, argv: Sequence[str] | None = None, program: str | None 
     """Run a command's module with the options on the command line. Returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     print_anything()
+    end_with_launcher()
     try:
         # The modules import torch, which takes seconds: only the one that is needed is loaded.
         with ended_by_interrupt():

@@ -22,7 +22,7 @@ from spark_dist.training.frozen_teacher import (
     matching_cache,
     only_generation,
 )
-from spark_dist.training.job import Job, open_job
+from spark_dist.training.job import Job, is_done, open_job
 from spark_dist.training.live import LiveTeacher
 from spark_dist.training.loop import Teaching
 from spark_dist.training.stage import Stage, build, model_card, stage_tracker, train_stage, without_teacher
@@ -37,7 +37,7 @@ def run(options: DistillOptions) -> None:
     """Train the teacher (or take a trained one), then the student with it; test both."""
     check(options)
     tags = {"method": options.method, "teacher": options.teacher, "student": options.student}
-    with open_job(options, tags) as job:
+    with open_job(options, tags, options.teacher_checkpoint) as job:
         if options.together == "live":
             train_together(job)
         else:
@@ -65,13 +65,15 @@ def train_in_turns(job: Job) -> None:
 def train_together(job: Job) -> None:
     """Teacher and student at every step, the teacher on the ground truth alone."""
     stage, folder = teacher_stage(job), job.folder / "teacher"
+    if all([is_done(job, job.folder / role) for role in ("teacher", "student")]):
+        job.say(f"teacher and student: done already, {job.folder}")
+        return
     network, card, best = build(job, stage), model_card(job, stage), folder / "best.safetensors"
     with stage_tracker(job, stage.role, card, network) as tracker:
         teach = partial(with_live_teacher, job, LiveTeacher(network, folder, card, tracker))
         train_stage(job, student_stage(job), teach, teacher=best)
-        if not (folder / "test_cases.json").exists():
-            tracker.artifact(best)
-            evaluate_on_test(job, stage.role, best, folder, tracker)
+        tracker.artifact(best)
+        evaluate_on_test(job, stage.role, best, folder, tracker)
 
 
 def teacher_stage(job: Job) -> Stage:
@@ -100,7 +102,7 @@ def student_stage(job: Job) -> Stage:
 def given_teacher(job: Job) -> Path:
     """The teacher from the command line, tested as a run of its own so that it can be compared."""
     path, folder = job.options.teacher_checkpoint, job.folder / "teacher"
-    if not (folder / "test_cases.json").exists():
+    if not is_done(job, folder):
         network, card = load_network(path)
         # It is tested on this job's data, as this job sees them.
         card = replace(card, dataset=job.options.dataset.stem, split=job.options.split, spec=job.options.slice_spec)

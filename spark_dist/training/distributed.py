@@ -6,16 +6,25 @@ import re
 import signal
 import time
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 
 from data_tools.errors import UserError
 from data_tools.workers import STOP_SIGNALS
+
+Result = TypeVar("Result")
 
 DDP = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
 """Running statistics are made equal where they are used, before an evaluation, rather than at every step."""
@@ -50,6 +59,25 @@ class Pace:
         if due:
             self.saved = now, step
         return stopping, due
+
+
+def by_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
+    """The result of what only the main process does, on all of them.
+
+    A `UserError` is raised, and so said, by the main process alone; the others end.
+    """
+    result, error = None, None
+    if accelerator.is_main_process:
+        try:
+            result = work()
+        except UserError as raised:
+            error = raised
+    result, failed = broadcast_object_list([result, error is not None])
+    if error is not None:
+        raise error
+    if failed:
+        raise SystemExit(2)
+    return result
 
 
 def first_to_say(text: str) -> bool:

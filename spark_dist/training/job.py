@@ -1,42 +1,31 @@
 """What a training job consists of: its folder, its runs in MLflow, and its stages (a teacher's, a student's)."""
 
-import json
 import subprocess
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate import Accelerator
 
 from data_tools.errors import Interrupted, UserError
-from data_tools.files import write_text
+from data_tools.ownership import fingerprint
 from data_tools.progress import console
 from data_tools.store import Store, open_store
 from spark_dist.config import TrainingOptions
+from spark_dist.data.identity import split_fingerprints
 from spark_dist.data.slices import SliceTable, slice_table, with_unlabelled
+from spark_dist.networks.checkpoint import load_network
+from spark_dist.teacher.fingerprint import weights_hash
 
 from .checks import check_crop, check_shares
-from .distributed import listen_for_stop, make_accelerator, shut_down
-from .tracking import Tracker, failure_of, null_tracker, open_run
-
-MAY_DIFFER = (
-    "out",
-    "overwrite",
-    "tracking_uri",
-    "workers",
-    "log_every",
-    "checkpoint_minutes",
-    "checkpoint_steps",
-    "keep_checkpoints",
-    "timeout_minutes",
-    "cache_folder",
-    "cache_memory",
-)
-"""Options in which a resumed job may differ from what it was."""
+from .distributed import by_main, listen_for_stop, make_accelerator, shut_down
+from .folder import check_folder, claim, plain
+from .journal import finished
+from .lock import locked
+from .tracking import Tracker, failure_of, null_tracker, open_run, send_rest
 
 
 @dataclass(frozen=True)
@@ -74,10 +63,11 @@ def training_table(store: Store, options: TrainingOptions) -> SliceTable:
 
 
 @contextmanager
-def open_job(options: TrainingOptions, tags: Mapping[str, Any]) -> Iterator[Job]:
+def open_job(options: TrainingOptions, tags: Mapping[str, Any], teacher: Path | None = None) -> Iterator[Job]:
     """Check the options against the data, claim the job's folder, and open the parent run.
 
-    Raises `UserError` if the folder holds a job with other options.
+    `teacher` is the checkpoint of a trained one. Raises `UserError` if the folder is not a job's, another process works
+    in it, or it holds a job with other options or data.
     """
     store = open_store(options.dataset)
     for part in ("train", "val", "test"):
@@ -91,16 +81,25 @@ def open_job(options: TrainingOptions, tags: Mapping[str, Any]) -> Iterator[Job]
     check_shares(options, table, accelerator.num_processes)
     if getattr(options, "unlabelled_share", 0):
         check_shares(options, with_unlabelled(table, options.split), accelerator.num_processes)
-    claim(options.folder, options, accelerator)
+    data = split_fingerprints(store, options.split)
     facts = {"world_size": accelerator.num_processes, "git_commit": git_commit(), "seed": options.seed}
-    facts |= {"dataset": options.dataset.stem, "task": options.task, **tags}
-    with tracked(accelerator, options, options.folder.name, options.folder, facts) as tracker:
-        tracker.artifact(options.folder / "config.yaml")
-        job = Job(options, accelerator, store, tracker)
-        yield job
-    if tracker.page:
-        job.say(tracker.page)
-    shut_down(accelerator)
+    facts |= {"dataset": options.dataset.stem, "task": options.task, "data": fingerprint(data), **tags}
+    with ExitStack() as stack:
+
+        def enter() -> None:
+            check_folder(options.folder)
+            options.folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(options.folder))
+            claim(options.folder, options, data | {"teacher": teacher and weights_hash(load_network(teacher)[0])})
+
+        by_main(accelerator, enter)
+        with tracked(accelerator, options, options.folder.name, options.folder, facts) as tracker:
+            tracker.artifact(options.folder / "config.yaml")
+            job = Job(options, accelerator, store, tracker)
+            yield job
+        if tracker.page:
+            job.say(tracker.page)
+        shut_down(accelerator)
 
 
 @contextmanager
@@ -133,56 +132,16 @@ def tracked(
         tracker.finish(status, failure)
 
 
-def claim(folder: Path, options: TrainingOptions, accelerator: Accelerator) -> None:
-    """Make the job's folder, or find that it holds this very job, which then goes on."""
-    wanted = {key: value for key, value in plain(options).items() if key not in MAY_DIFFER}
-    file = folder / "config.yaml"
-    if file.exists() and not options.overwrite:
-        found = read_options(file)
-        if differing := [key for key, value in wanted.items() if found.get(key) != value]:
-            key = differing[0]
-            raise UserError(
-                f"{folder}: holds a job with {key}={found.get(key)!r}, not {wanted[key]!r}; "
-                "give another --out, or --overwrite true to begin again"
-            )
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if options.overwrite and file.exists():
-            discard(folder)
-        write_text(file, yaml.safe_dump(wanted, sort_keys=False))
-    accelerator.wait_for_everyone()
+def is_done(job: Job, folder: Path) -> bool:
+    """Whether a stage is over: tested, and its journal complete. What the server lacks of that is sent."""
 
+    def look() -> bool:
+        done = (folder / "test_cases.json").exists() and finished(folder)
+        if done:
+            send_rest(folder, job.options.tracking_uri)
+        return done
 
-def read_options(file: Path) -> dict[str, Any]:
-    """A job's record of its options. Raises `UserError` if it is none."""
-    try:
-        found = yaml.safe_load(file.read_text())
-    except (ValueError, yaml.YAMLError) as error:
-        found = " ".join(str(error).split())
-    if not isinstance(found, dict):
-        raise UserError(f"{file}: not the options of a job ({str(found)[:160]}); restore it, or give another --out")
-    return found
-
-
-def discard(folder: Path) -> None:
-    """Remove what a job leaves in its folder, and nothing else."""
-    for part in (folder, folder / "teacher", folder / "student"):
-        for pattern in (
-            "config.yaml",
-            "checkpoints/step-*",
-            "best.safetensors",
-            "test_cases.json",
-            "generation.txt",
-            "*.png",
-            "tracking*",
-        ):
-            for file in part.glob(pattern):
-                file.unlink()
-
-
-def plain(options: TrainingOptions) -> dict[str, Any]:
-    """Options as YAML and JSON can hold them."""
-    return json.loads(json.dumps(asdict(options), default=str))
+    return by_main(job.accelerator, look)
 
 
 def git_commit() -> str:

@@ -74,6 +74,12 @@ def description(folder: Path) -> Event | None:
     return next((event for _, event in read_journal(folder) if "id" in event), None)
 
 
+def finished(folder: Path) -> bool:
+    """Whether the run of a journal has ended as it should, and did not go on since."""
+    ends = [event.get("status") for _, event in read_journal(folder) if "status" in event or "resumed" in event]
+    return ends[-1:] == ["FINISHED"]
+
+
 def read_state(folder: Path, uri: str) -> dict[str, Any]:
     """How far a journal has been sent, as a sender noted it; from its start, if this can't be known."""
     file = folder / "tracking.json"

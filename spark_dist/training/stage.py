@@ -23,7 +23,7 @@ from spark_dist.teacher.targets import TeacherTargets
 
 from .checkpoint import epochs_done
 from .distillation import Distillation
-from .job import Job, tracked
+from .job import Job, is_done, tracked
 from .loop import StageRun, Teaching, fit
 from .tracking import Tracker
 from .validation import evaluate_on_test, validation
@@ -59,7 +59,7 @@ def train_stage(
     """
     options, accelerator, folder = job.options, job.accelerator, job.folder / stage.role
     best, stop_epoch = folder / "best.safetensors", stop_epoch or stage.epochs
-    if (folder / "test_cases.json").exists():
+    if is_done(job, folder):
         job.say(f"{stage.role}: done already, {best}")
         return best
     if stop_epoch < stage.epochs and epochs_done(accelerator, folder) >= stop_epoch:

@@ -92,6 +92,10 @@ class Tracker:
     def finish(self, status: str, failure: str = "") -> None:
         """End the run as FINISHED, FAILED (and why) or KILLED, and wait a little until the server has all of it."""
         append(self.folder, {"status": status} | ({"tags": {"failure": failure}} if failure else {}))
+        self._wait()
+
+    def _wait(self) -> None:
+        """Wait a little until the server has all of a run that has ended."""
         self.ended.set()
         self.thread.join(PATIENCE)
         if left := self.sender.left():
@@ -271,6 +275,14 @@ def open_run(
     tracker = Tracker(folder, absolute_uri(tracking_uri), isinstance(parent, Tracker))
     tracker.thread.start()
     return tracker
+
+
+def send_rest(folder: Path, tracking_uri: str) -> None:
+    """Send what a stage that has ended could not send, as far as the server takes it now."""
+    tracker = Tracker(folder, absolute_uri(tracking_uri), below=True)
+    tracker.ended.set()
+    tracker.thread.start()
+    tracker._wait()
 
 
 def sync(folder: Path, tracking_uri: str) -> int:

@@ -1,15 +1,18 @@
 """A network's worth: on val, while it trains, and on test, once."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from torch import nn
 
+from data_tools.errors import UserError
 from spark_dist.evaluation.cases import evaluate_cases, format_summaries, summaries
 from spark_dist.evaluation.figures import draw_predictions
-from spark_dist.evaluation.metrics import write_cases
+from spark_dist.evaluation.metrics import read_cases, write_cases
 from spark_dist.networks.checkpoint import load_network
 
+from .distributed import by_main
 from .job import Job
 from .tracking import Tracker
 
@@ -32,21 +35,32 @@ def validation(job: Job) -> Validate:
 def evaluate_on_test(
     job: Job, role: str, checkpoint: Path, folder: Path, tracker: Tracker, teacher: Path | None = None
 ) -> None:
-    """Metrics of a checkpoint on the test cases, and a picture (beside the teacher's), into `folder` and the run."""
+    """Metrics of a checkpoint on the test cases, and a picture (beside the teacher's), into `folder` and the run.
+
+    What is in the folder already, from before a kill, is only logged again.
+    """
     spec, device = job.options.slice_spec, job.accelerator.device
     network = load_network(checkpoint)[0].to(device)
     cases = job.store.split(job.options.split, "test")
-    metrics = evaluate_cases(job.accelerator, network, job.store, cases, spec)
+    file, picture = folder / "test_cases.json", folder / "predictions.png"
+    before = by_main(job.accelerator, lambda: metrics_before(file))
+    metrics = before or evaluate_cases(job.accelerator, network, job.store, cases, spec)
     summary = summaries(metrics)
     job.say(f"{role}: test {format_summaries(summary)}")
     tracker.metrics({f"test/{key}": s["mean"] for key, s in summary.items()}, step=0)
     if job.accelerator.is_main_process:
-        networks = {"teacher": load_network(teacher)[0].to(device)} if teacher else {}
-        networks[role] = network
         folder.mkdir(parents=True, exist_ok=True)
-        picture = folder / "predictions.png"
-        draw_predictions(job.store, cases, spec, networks, picture)
+        if not before or not picture.exists():
+            networks = {"teacher": load_network(teacher)[0].to(device)} if teacher else {}
+            draw_predictions(job.store, cases, spec, networks | {role: network}, picture)
+            write_cases(file, metrics, task=spec.task, split="test", threshold=spec.threshold)
         tracker.artifact(picture)
-        write_cases(folder / "test_cases.json", metrics, task=spec.task, split="test", threshold=spec.threshold)
-        tracker.artifact(folder / "test_cases.json")
+        tracker.artifact(file)
     job.accelerator.wait_for_everyone()
+
+
+def metrics_before(file: Path) -> dict[str, dict[str, float]] | None:
+    """The metrics that a stage has written already, if they can be read."""
+    with suppress(UserError):
+        return read_cases(file)
+    return None

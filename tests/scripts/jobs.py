@@ -3,8 +3,8 @@ the time, so that tests can interrupt many.
 
 Reads a JSON object a line: `command` (a module of spark_dist or a script beside this one), `arguments`, `folder`
 (where it runs), `processes` and `fault` if there shall be one: `signal` sent to itself by process `rank` at the
-`n`-th `place` (see `PLACES`), or an `error` raised there, or no more than so much `memory`, in bytes. Answers with
-the processes' exit codes, negative for signals, and the name of the file with their output.
+`n`-th `place` (see `PLACES`) or `after` so many seconds, or an `error` raised there, or no more than so much `memory`,
+in bytes. Answers with the processes' exit codes, negative for signals, and the name of the file with their output.
 """
 
 import gc
@@ -17,6 +17,7 @@ import runpy
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -32,6 +33,8 @@ import spark_dist.evaluation.cases
 import spark_dist.train
 import spark_dist.training.checkpoint
 import spark_dist.training.loop
+import spark_dist.training.tracking
+import spark_dist.training.validation
 from data_tools.errors import UserError
 from spark_dist.cli import command
 from spark_dist.networks import build_network
@@ -68,8 +71,8 @@ def half_saved(save, strike, state, path):
         file.write(data[len(data) // 2 :])
 
 
-def written_unnamed(write, strike, *arguments):
-    write(*arguments)
+def written_unnamed(write, strike, *arguments, **keywords):
+    write(*arguments, **keywords)
     strike()
 
 
@@ -78,6 +81,9 @@ PLACES = {
     "checkpoint": (torch, "save", half_saved),
     "evaluation": (spark_dist.evaluation.cases, "probabilities", None),
     "cache": (spark_dist.data.cache, "write_segment", written_unnamed),
+    "tested": (spark_dist.training.validation, "write_cases", written_unnamed),
+    "end of a run": (spark_dist.training.tracking.Tracker, "finish", None),
+    "sending": (spark_dist.training.tracking.Tracker, "_wait", None),
 }
 
 
@@ -95,6 +101,8 @@ def process(job, rank, port, log):
     if fault and "memory" in fault:
         used = resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (used + fault["memory"],) * 2)
+    elif fault and "after" in fault:
+        threading.Timer(fault["after"], os.kill, (os.getpid(), fault["signal"])).start()
     elif fault and fault.get("rank", 0) == rank:
         owner, name, half = PLACES[fault["place"]]
         strike_at(owner, name, fault, half)
