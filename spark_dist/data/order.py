@@ -62,10 +62,10 @@ class Stream(NamedTuple):
 class Order:
     """The samples of every epoch, and how they form batches; the same for any number of processes.
 
-    An epoch visits every slice at least once. Without unlabelled slices it is cut into ceil(slices / batch_size)
-    batches whose sizes differ by one at the most: no slice is dropped or repeated, and no batch is a tiny remainder.
-    With them, each batch has its share of either kind; the kind that takes more batches to go through determines the
-    epoch, and the other one goes on through further passes.
+    Without unlabelled slices, an epoch visits every slice once, in ceil(slices / batch_size) batches whose sizes differ
+    by one at the most: none is dropped or repeated, and no batch is a tiny remainder. With them, each batch has its
+    share of either kind; the kind that takes more batches to go through determines the epoch, and of the other one each
+    pass begins where the one before ended, whatever the epoch.
     """
 
     slices: int
