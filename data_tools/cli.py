@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from .errors import INTERRUPTED, UserError
+from .errors import INTERRUPTED, UserError, one_line, say_error
 from .layouts import LAYOUTS
-from .location import located
 from .options import (
     Options,
     default_window,
@@ -19,8 +18,10 @@ from .options import (
     parse_size,
     parse_spacing,
     parse_window,
+    place,
     share_of_cases,
     split_name,
+    store_place,
     whole,
 )
 from .progress import console, progress
@@ -40,14 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parser().parse_args(argv)
         return options.run(options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error)
         return 2
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        print(f"error: {place}{error.strerror or error}", file=sys.stderr)
+        say_error(f"{place}{error.strerror or error}")
         return 2
     except MemoryError:
-        print("error: does not fit into memory; use fewer --workers, or a smaller --size", file=sys.stderr)
+        say_error("does not fit into memory; use fewer --workers, or a smaller --size")
         return 2
     except KeyboardInterrupt:
         print(INTERRUPTED, file=sys.stderr)
@@ -58,7 +59,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with errors of one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"error: {one_line(message)} (see {self.prog} --help)\n")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -67,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     phantom = commands.add_parser("phantom", help="write synthetic abdominal CT in the KiTS layout")
-    phantom.add_argument("out", type=Path, help="folder to write to")
+    phantom.add_argument("out", type=place, help="folder to write to")
     phantom.add_argument("--cases", type=whole(1, 100_000), default=12, help="number of cases (default 12)")
     phantom.add_argument(
         "--seed", type=whole(0), default=0, help="seed (default 0); case k is the same however many there are"
@@ -81,8 +82,8 @@ def parser() -> argparse.ArgumentParser:
     phantom.set_defaults(run=run_phantom)
 
     prepare = commands.add_parser("prepare", help="volumes to a slice store; cases that are there are skipped")
-    prepare.add_argument("input", type=Path, help="folder of the data set")
-    prepare.add_argument("store", type=located, help="slice store to make or to go on with")
+    prepare.add_argument("input", type=place, help="folder of the data set")
+    prepare.add_argument("store", type=store_place, help="slice store to make or to go on with")
     prepare.add_argument(
         "--layout",
         choices=sorted(LAYOUTS),
@@ -124,6 +125,9 @@ def parser() -> argparse.ArgumentParser:
         help="K/N: the k-th of n parts of the cases, so that n machines can fill one store at the same time",
     )
     prepare.add_argument(
+        "--replace", action="store_true", help="replace cases of the store that were made of other files"
+    )
+    prepare.add_argument(
         "--workers", type=whole(1), help="number of parallel processes, one case in each (default: one per core)"
     )
     prepare.add_argument(
@@ -137,9 +141,9 @@ def parser() -> argparse.ArgumentParser:
     prepare.set_defaults(run=run_prepare)
 
     verify = commands.add_parser("verify", help="whether every byte of a store is as it was written")
-    verify.add_argument("store", type=located, help="slice store")
+    verify.add_argument("store", type=store_place, help="slice store")
     verify.add_argument(
-        "--source", type=Path, help="folder of the data set: compare every voxel with the NIfTI files there"
+        "--source", type=place, help="folder of the data set: compare every voxel with the NIfTI files there"
     )
     verify.add_argument("--image-pattern", help="layout pairs: if images have other names than when they were prepared")
     verify.add_argument("--label-pattern", help="layout pairs: the same for labels")
@@ -147,23 +151,26 @@ def parser() -> argparse.ArgumentParser:
         "--repair", action="store_true", help="restore damaged metadata, and prepare damaged cases again from --source"
     )
     verify.add_argument(
+        "--replace", action="store_true", help="with --repair: replace sound cases too, if --source has other files"
+    )
+    verify.add_argument(
         "--workers", type=whole(1), help="number of parallel processes, one case in each (default: one per core)"
     )
     verify.set_defaults(run=run_verify)
 
     export = commands.add_parser("export", help="a case back to NIfTI, on its source's grid")
-    export.add_argument("store", type=located, help="slice store")
+    export.add_argument("store", type=store_place, help="slice store")
     export.add_argument("case", help="name of the case")
-    export.add_argument("out", type=Path, help="file to write, .nii.gz or .nii")
+    export.add_argument("out", type=place, help="file to write, .nii.gz or .nii")
     what = export.add_mutually_exclusive_group()
     what.add_argument("--label", action="store_true", help="the label rather than the image")
     what.add_argument(
-        "--prediction", type=Path, help="a .npy file or Zarr array (slices, rows, columns) in place of the case's own"
+        "--prediction", type=place, help="a .npy file or Zarr array (slices, rows, columns) in place of the case's own"
     )
     export.set_defaults(run=run_export)
 
     split = commands.add_parser("split", help="divide the cases into train, val and test")
-    split.add_argument("store", type=located, help="slice store")
+    split.add_argument("store", type=store_place, help="slice store")
     for part, share in DEFAULT_SHARES.items():
         split.add_argument(
             f"--{part}",
@@ -178,7 +185,7 @@ def parser() -> argparse.ArgumentParser:
     )
     split.add_argument(
         "--lists",
-        type=Path,
+        type=place,
         help='JSON file with {"train": [case, …], "val": […], "test": […]}, or a list of these for several splits',
     )
     split.add_argument(
@@ -197,19 +204,19 @@ def parser() -> argparse.ArgumentParser:
     split.set_defaults(run=run_split)
 
     preview = commands.add_parser("preview", help="a contact sheet of each case, and one HTML page over all")
-    preview.add_argument("store", type=located, help="slice store")
-    preview.add_argument("--out", type=Path, help="folder to write to (default: STORE's name with -preview)")
+    preview.add_argument("store", type=store_place, help="slice store")
+    preview.add_argument("--out", type=place, help="folder to write to (default: STORE's name with -preview)")
     preview.add_argument("--only", help="draw these cases alone, as for prepare; the sheets of others stay")
     preview.add_argument("--slices", type=whole(1, 1000), default=10, help="slices of each case (default 10)")
     preview.set_defaults(run=run_preview)
 
     stats = commands.add_parser("stats", help="sizes, spacings, volumes, intensities: tables and a figure")
-    stats.add_argument("store", type=located, help="slice store")
-    stats.add_argument("--out", type=Path, help="PNG to write (default: STORE's name with -stats.png)")
+    stats.add_argument("store", type=store_place, help="slice store")
+    stats.add_argument("--out", type=place, help="PNG to write (default: STORE's name with -stats.png)")
     stats.set_defaults(run=run_stats)
 
     info = commands.add_parser("info", help="what is in a store")
-    info.add_argument("store", type=located, help="slice store")
+    info.add_argument("store", type=store_place, help="slice store")
     info.set_defaults(run=run_info)
     return top
 
@@ -245,6 +252,7 @@ def run_prepare(options: argparse.Namespace) -> int:
         layout=options.layout,
         patterns=patterns if options.layout == "pairs" else None,
         spacing=options.spacing,
+        replace=options.replace,
     )
     sources = find_sources(options.input, options.layout, patterns, options.channel, options.unlabelled)
     sources = choose(sources, options.only, options.part)
@@ -257,13 +265,12 @@ def run_prepare(options: argparse.Namespace) -> int:
 
 
 def run_verify(options: argparse.Namespace) -> int:
-    from .verify import verify
+    from .verify import Repair, verify
 
     patterns = (options.image_pattern, options.label_pattern)
-    workers = options.workers or cores()
-    return (
-        1 if verify(options.store, options.source, patterns if any(patterns) else None, options.repair, workers) else 0
-    )
+    patterns = patterns if any(patterns) else None
+    repair = Repair(options.repair, options.replace)
+    return 1 if verify(options.store, options.source, patterns, repair, options.workers or cores()) else 0
 
 
 def run_export(options: argparse.Namespace) -> int:

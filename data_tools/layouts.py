@@ -4,13 +4,12 @@ import glob
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from .errors import UserError, unknown_name
+from .errors import UserError, say_error, unknown_name
 
 
 @dataclass(frozen=True)
@@ -194,7 +193,7 @@ def numbered(folder: Path, kind: str) -> dict[str, list[Path]]:
         if number := re.fullmatch(rf"{kind}-(\d+)\.nii(\.gz)?", file.name, re.IGNORECASE | re.ASCII):
             found.setdefault(number[1], []).append(file)
         elif re.match(rf"{kind}.*\.nii", file.name, re.IGNORECASE):
-            print(f"note: {file}: left out, as it is not named like {kind}-12.nii", file=sys.stderr)
+            say_error(f"{file}: left out, as it is not named like {kind}-12.nii", "note")
     return found
 
 

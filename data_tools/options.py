@@ -9,6 +9,7 @@ from typing import Any
 
 from .errors import UserError
 from .layouts import modality
+from .location import located
 from .store import check_name, read_attributes
 
 HU_WINDOWS = {"kits": (-200.0, 300.0), "lits": (-60.0, 140.0)}
@@ -34,6 +35,8 @@ class Options:
     """Images and labels in layout pairs."""
     spacing: tuple[float, float, float] | None = None
     """mm along a file's axes, for files that do not know theirs."""
+    replace: bool = False
+    """Replace sound cases that are made of other files."""
 
     def facts(self) -> dict[str, Any]:
         """The options that a store remembers: all cases of a store are made alike."""
@@ -126,6 +129,18 @@ def whole(lowest: int, highest: int | None = None):
         return int(text)
 
     return number
+
+
+def place(text: str) -> Path:
+    """A type of option: a file or a folder. An empty text, as of a shell's variable that is not set, is neither."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path")
+    return Path(text)
+
+
+def store_place(text: str) -> Path:
+    """A type of option: a slice store, in a folder or a bucket."""
+    return located(place(text))
 
 
 def share_of_cases(text: str) -> float:

@@ -5,6 +5,7 @@ A name or a shape is no mark: anybody's folder can be called `cache`, or have a 
     store    zarr.json, whose attributes have the format of a slice store (`store.create_store` writes them)
     cache    description.json, whose facts hash to the folder's own name (see `fingerprint`)
     job      job.json
+    case     zarr.json, whose attributes have the case's name, its folder's, and the identity of its store
     file     the words `MADE_BY` near its start: a comment, a field of its header
 """
 
@@ -32,6 +33,7 @@ MARKS = {
     "store": Mark("zarr.json", "spark-dist slice store"),
     "cache": Mark("description.json", "spark-dist teacher cache"),
     "job": Mark("job.json", "spark-dist job"),
+    "case": Mark("zarr.json", ""),
 }
 MADE_BY = "made by spark-dist"
 """The words near the start of a file that may be written over."""
@@ -62,10 +64,12 @@ def owned(folder: Path, kind: str) -> dict[str, Any] | None:
         facts = json.loads((folder / MARKS[kind].file).read_text())
     except (OSError, ValueError, RecursionError):
         return None
-    if kind == "store" and isinstance(facts, dict):
+    if kind in ("store", "case") and isinstance(facts, dict):
         facts = facts.get("attributes")
     if not isinstance(facts, dict):
         return None
+    if kind == "case":
+        return facts if facts.get("case") == folder.name and isinstance(facts.get("store"), str) else None
     if kind == "cache":
         # Descriptions of caches made before had neither format nor version, and their hash is as good a mark.
         facts = {"format": MARKS[kind].format, "version": 2, **facts}

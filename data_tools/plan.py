@@ -6,7 +6,6 @@ estimated from.
 
 import math
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -23,12 +22,12 @@ from rich.table import Table
 from zarr.storage import MemoryStore
 
 from .arrays import write_arrays
-from .errors import UserError
+from .errors import UserError, say_error
 from .layouts import Source
 from .location import is_local
 from .nifti import Header
 from .options import Options
-from .prepare import check_files, convert, is_there, read_headers, reason, separate_doubles, source_hashes
+from .prepare import check_files, check_needed, convert, is_there, read_headers, reason, separate_doubles, source_hashes
 from .progress import console, progress
 from .report import bytes_text, window_text
 from .store import check_name, check_store, read_case
@@ -104,7 +103,7 @@ def plan(sources: Sequence[Source], options: Options, workers: int) -> int:
     sample = take_sample({source.case: source for source in single}, cases, options, workers)
     for name, case in sorted(cases.items()):
         if case.status == "error":
-            print(f"error: {name}: {case.note}", file=sys.stderr)
+            say_error(f"{name}: {case.note}")
     show(options, cases, sample)
     if sample:
         expect(options.store, todo(cases.values()), sample, workers, looked)
@@ -121,7 +120,9 @@ def look(options: Options, source: Source) -> Planned:
             status = "new" if known is None else "changed"
         except UserError:
             known, status = None, "changed"
-        if known and is_there(source.case, source_hashes(source), options):
+        if status == "new":
+            check_needed(source, options)
+        elif is_there(source, source_hashes(source), options):
             axes, itemsize = known.source["image"]["orientation"], np.dtype(known.dtype).itemsize
             return Planned(
                 source.case, "unchanged", "", known.shape, known.spacing, axes, itemsize, labelled=known.labelled
@@ -224,7 +225,7 @@ def expect(store: Path, cases: Sequence[Planned], sample: Sample, workers: int, 
         free = shutil.disk_usage(disk).free
         text += f"; free at {disk}: {bytes_text(free)}"
         if size > free:
-            print(f"warning: {disk}: about {bytes_text(size)} to write, {bytes_text(free)} free", file=sys.stderr)
+            say_error(f"{disk}: about {bytes_text(size)} to write, {bytes_text(free)} free", "warning")
     console.print(text)
     workers = min(workers, len(cases))
     # The cases share the workers, and no case has more than one.

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .errors import UserError
+from .errors import Conflict, UserError, say_error
+from .identity import adopt, identity_of, stamp
 from .layouts import Source
 from .location import is_local
 from .nifti import Header, read_header, read_voxels
@@ -21,7 +21,8 @@ from .options import Options
 from .pool import results
 from .progress import console, progress
 from .report import case_row, cases_table, window_text
-from .store import check_name, create_store, read_case, write_case
+from .split import PARTS
+from .store import Case, check_name, create_store, read_case, read_splits, write_case
 from .volumes import (
     check_same_grid,
     resized,
@@ -49,13 +50,15 @@ def prepare(sources: Sequence[Source], options: Options, workers: int) -> int:
     the store was made with other options.
     """
     create_store(options.store, options.facts())
+    with case_lock(options.store, ""):
+        adopt(options.store)
     single, double = separate_doubles(sources)
     done: dict[str, Result] = {}
     with progress(len(single) + len(double), "prepare") as bar:
         for result in (*double, *results(partial(prepare_case, options), single, workers, lost_source)):
             done[result.case] = result
             if result.status == "failed":
-                print(f"error: {result.case}: {result.note}", file=sys.stderr)
+                say_error(f"{result.case}: {result.note}")
             bar.advance(bar.task_ids[0])
     summary(options, done)
     return sum(result.status == "failed" for result in done.values())
@@ -105,7 +108,8 @@ def prepare_case(options: Options, source: Source, force: bool = False) -> Resul
         check_name("case", source.case)
         hashes = source_hashes(source)
         with case_lock(options.store, source.case):
-            if not force and is_there(source.case, hashes, options):
+            if is_there(source, hashes, options) and not force:
+                stamp(options.store, source.case, identity_of(options.store))
                 return Result(source.case, "unchanged")
             return Result(source.case, "prepared", write(source, hashes, options))
     except (UserError, OSError, MemoryError) as error:
@@ -136,24 +140,62 @@ def source_hashes(source: Source) -> dict[str, str]:
     return {f"{kind}_sha256": sha256(path) for kind, path in files.items()}
 
 
-def is_there(case: str, hashes: dict[str, str], options: Options) -> bool:
-    """Whether the store has this case, made of these files, and with this spacing if they know none."""
-    try:
-        known = read_case(options.store, case)
-    except UserError:
-        return False
-    if known is None or {key: value for key, value in known.source.items() if key.endswith("_sha256")} != hashes:
+def is_there(source: Source, hashes: dict[str, str], options: Options) -> bool:
+    """Whether the store has this case, made of these files, and with this spacing if they know none.
+
+    Raises `Conflict` if it has one of other files, unless options say to replace it; a label that was missing is no
+    conflict. Raises `UserError` if a split has the case, and there is no label now.
+    """
+    known = known_case(source.case, options)
+    before = {key: value for key, value in known.source.items() if key.endswith("_sha256")} if known else {}
+    if known is None or before != hashes:
+        check_needed(source, options)
+        gained = {key: value for key, value in hashes.items() if key != "label_sha256"}
+        if before not in ({}, gained) and not options.replace:
+            read_headers(source, options)  # which may say that the file is damaged
+            other = [
+                name for name in ("image", "label") if before.get(f"{name}_sha256") != hashes.get(f"{name}_sha256")
+            ]
+            raise Conflict(
+                f"{source.image}: the store has a case {source.case} of other files ({', '.join(other)}); pass "
+                "--replace to replace it, or prepare into another store"
+            )
         return False
     if options.spacing is None or not known.source["image"]["lacks_spacing"]:
         return True
     return np.allclose(np.linalg.norm(np.array(known.source["image"]["affine"])[:3, :3], axis=0), options.spacing)
 
 
+def known_case(case: str, options: Options) -> Case | None:
+    """A case that is in the store and sound. Raises `Conflict` if it is of another store, unless options replace it."""
+    try:
+        return read_case(options.store, case)
+    except Conflict:
+        if options.replace:
+            return None
+        raise
+    except UserError:
+        return None
+
+
+def check_needed(source: Source, options: Options) -> None:
+    """Raise `UserError` if a case without a label is in a part of a split: it would drop out of it without a word."""
+    if source.label is not None:
+        return
+    for name, record in read_splits(options.store).items():
+        for part in PARTS:
+            if source.case in record[part]:
+                raise UserError(
+                    f"{source.image}: has no label, and case {source.case} is in part {part} of split '{name}', which "
+                    "needs one; put its label there, or prepare into another store"
+                )
+
+
 def write(source: Source, hashes: dict[str, str], options: Options) -> str:
     """Read, check and write a case. Returns notes on it. Raises `UserError`."""
     voxels, labels, attributes, notes = convert(source, options)
     attributes["source"] |= hashes
-    write_case(options.store, source.case, voxels, labels, attributes)
+    write_case(options.store, source.case, voxels, labels, attributes, options.replace)
     return notes
 
 

@@ -1,10 +1,11 @@
 """The slice store: its schema, how a case is written, and how a store is opened.
 
-    STORE/                      Zarr v3 group; attributes: format, version, labels, window, layout
+    STORE/                      Zarr v3 group; attributes: format, version, identity, labels, window, layout
     STORE/cases/, STORE/splits/ groups; two more copies of the store's attributes, should the first be damaged
     STORE/cases/<case>/         group; attributes: see `Case`; they are written last and make the case visible
     STORE/cases/<case>/image    (Z, H, W) int16 or float32
     STORE/cases/<case>/label    (Z, H, W) uint8: 0 background, 1 organ, 2 tumour; not there in a case without labels
+    STORE/known/<case>          empty file: the case was complete (see `identity`)
     STORE/splits/<name>/        group; attributes: train, val, test (case names), seed and how it was made
     STORE/splits/<name>/copy/   group; a second copy of them, as nothing else could bring a split back
 
@@ -31,6 +32,19 @@ import zarr
 
 from .arrays import LABELS, write_arrays
 from .errors import UserError, unknown_name
+from .identity import (
+    check_belongs,
+    gone,
+    identity_of,
+    is_known,
+    known_cases,
+    mark_of,
+    new_identity,
+    owns,
+    remove_folder,
+    set_known,
+    strangers,
+)
 from .location import exists, is_local, located, remove, zarr_place
 from .sealed import is_sealed, read_json, read_sealed, write_sealed
 
@@ -103,10 +117,17 @@ class Store:
             )
         return cases
 
+    @property
+    def identity(self) -> str | None:
+        """What this store and its copies are called and no other is; None if an earlier version made it."""
+        return self.attributes.get("identity")
+
     def fingerprint(self) -> str:
-        """A hash of everything that voxels follow from: sources' hashes, label mapping, window."""
-        facts = {name: [case.source, case.window, case.shape] for name, case in self.cases.items()}
-        return hashlib.sha256(json.dumps([self.attributes, facts], sort_keys=True).encode()).hexdigest()[:16]
+        """A hash of everything that voxels follow from: sources' hashes, label mapping, window. That of another store
+        is the same if it was prepared from the same files in the same way."""
+        cases = {name: [case.source, case.window, case.shape] for name, case in self.cases.items()}
+        facts = {key: value for key, value in self.attributes.items() if key != "identity"}
+        return hashlib.sha256(json.dumps([facts, cases], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def create_store(path: Path, attributes: Mapping[str, Any]) -> None:
@@ -119,6 +140,7 @@ def create_store(path: Path, attributes: Mapping[str, Any]) -> None:
     if check_store(path, attributes):
         return
     wanted = _root_facts(attributes)
+    wanted["identity"] = new_identity(path, wanted)
     if not is_local(path):
         _write_root(path, wanted)
         return
@@ -144,7 +166,7 @@ def check_store(path: Path, attributes: Mapping[str, Any]) -> bool:
     path = located(path)
     wanted = _root_facts(attributes)
     if exists(path / "zarr.json"):
-        found = _root_attributes(path)
+        found = root_attributes(path)
         if differing := [key for key, value in wanted.items() if found.get(key) != value]:
             key = differing[0]
             raise UserError(
@@ -168,55 +190,48 @@ def _write_root(path: Path, attributes: Mapping[str, Any]) -> None:
 
 
 def write_case(
-    path: Path, name: str, image: np.ndarray, label: np.ndarray | None, attributes: Mapping[str, Any]
+    path: Path,
+    name: str,
+    image: np.ndarray,
+    label: np.ndarray | None,
+    attributes: Mapping[str, Any],
+    replace: bool = False,
 ) -> None:
     """Write one case whole. It becomes visible when its last byte is in place, and replaces one of the same name.
 
     `image` (Z, H, W) int16 or float32; `label` (Z, H, W) uint8 of 0, 1, 2, or None; `attributes`: affine, spacing,
     window, source (see `Case`). The label counts are added here. What is there of a case that can't be written (a full
-    disk) is removed. One process at a time may write a case.
+    disk) is removed. One process at a time may write a case. Raises `UserError` if its folder is not the store's, which
+    `replace` removes all the same if it is a case's.
     """
     check_name("case", name)
-    delete_case(path, name)
+    delete_case(path, name, replace)
     try:
         # Opened at the case: through its parents, Zarr would put temporary files into them that a kill leaves behind.
-        folder = located(path) / "cases" / name
-        group = zarr.create_group(zarr_place(folder))
+        path = located(path)
+        folder, identity = path / "cases" / name, identity_of(path)
+        mark = mark_of(identity, name)
+        group = zarr.create_group(zarr_place(folder), attributes=mark)
         counts = write_arrays(group, image, label)
-        write_sealed(group, folder, {**attributes, "label_counts": counts})
+        write_sealed(group, folder, {**mark, **attributes, "label_counts": counts})
+        if identity:
+            set_known(path, name)
     except BaseException:
         delete_case(path, name)
         raise
 
 
-def check_groups(path: Path, repair: bool) -> dict[str, str]:
-    """Damage to the metadata of a store and of its splits, by their files. All of that is there twice.
+def delete_case(path: Path, name: str, foreign: bool = False) -> None:
+    """Remove a case, its marks of completeness first.
 
-    With `repair`, what is damaged is restored from its other copy, and said to be restored. Raises `UserError` if there
-    is no store at all.
+    Raises `UserError`, and removes nothing, if its folder is not the store's, or, with `foreign`, is no case's.
     """
     path = located(path)
-    if not exists(path / "cases"):
-        _root_attributes(path)
-    alike = [(path, path / "cases", path / "splits")]
-    alike += [(folder, folder / "copy") for folder in sorted(path.glob("splits/*")) if folder.is_dir()]
-    problems = {}
-    for folders in alike:
-        sound = [folder for folder in folders if is_sealed(folder)]
-        for file in (folder / "zarr.json" for folder in folders if folder not in sound):
-            problems[str(file)] = "damaged" if sound else "damaged, and so are its copies; make a new one"
-            if repair and sound:
-                file.parent.mkdir(exist_ok=True)
-                file.write_bytes((sound[0] / "zarr.json").read_bytes())
-                problems[str(file)] = "damaged, and restored from its copy"
-    return problems
-
-
-def delete_case(path: Path, name: str) -> None:
-    """Remove a case, its mark of completeness first."""
-    folder = located(path) / "cases" / name
-    (folder / "zarr.json").unlink(missing_ok=True)
-    remove(folder)
+    if not owns(path, name) and not (foreign and is_sealed(path / "cases" / name)):
+        raise UserError(
+            f"{path / 'cases' / name}: is no case that this store has made; move it away, and prepare the case again"
+        )
+    remove_folder(path, name)
 
 
 def write_split(path: Path, name: str, record: Mapping[str, Any]) -> None:
@@ -233,6 +248,8 @@ def write_splits(path: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
         # One whose writing was interrupted has no record.
         if exists(splits / name / "zarr.json") and read_sealed(splits / name):
             raise UserError(f"{path}: a split '{name}' exists and a split never changes; give another --name")
+        if other := next(strangers(splits / name, ("zarr.json", "copy")), None):
+            raise UserError(f"{splits / name}: holds {other}, which is no part of a split; move it away")
     for name, record in records.items():
         remove(splits / name)
         groups = {folder: zarr.create_group(zarr_place(folder)) for folder in (splits / name, splits / name / "copy")}
@@ -247,27 +264,42 @@ def check_name(kind: str, name: str) -> None:
         raise UserError(f"'{name}' can't be the name of a {kind}: use letters, digits and . _ - + = @")
 
 
-def open_store(path: Path, only: str = "*") -> Store:
-    """Open a store for reading, with all cases or `only` one.
+def open_store(path: Path) -> Store:
+    """Open a store for reading.
 
-    Raises `UserError` if there is no store at `path`, it was made by another version, or it holds no case.
+    Raises `UserError` if there is no store at `path`, it was made by another version, or it holds no case; and if a
+    case's folder was removed, renamed, or copied from another store.
     """
     path = located(path)
     attributes = read_attributes(path)
-    names = sorted(file.parent.name for file in path.glob(f"cases/{only}/zarr.json"))
+    known = known_cases(path)
+    names = sorted(file.parent.name for file in path.glob("cases/*/zarr.json"))
     # Each request to an object store takes a while.
     with ThreadPoolExecutor(1 if is_local(path) else 32) as threads:
-        cases = {case.name: case for case in threads.map(partial(read_case, path), names) if case}
+        read = partial(read_case, path, identity=attributes.get("identity"))
+        cases = {case.name: case for case in threads.map(read, names) if case}
+    for name in known:
+        # Somebody may be preparing it again right now.
+        if name not in names and is_known(path, name) and not (path / "cases" / name / "zarr.json").exists():
+            raise UserError(gone(path, name))
     if not cases:
         raise UserError(f"{path}: the store holds no complete case; run spark-data prepare")
-    records = {file.parent.name: read_sealed(file.parent) for file in sorted(path.glob("splits/*/zarr.json"))}
-    splits = {name: record for name, record in records.items() if record}
-    return Store(path=path, attributes=attributes, cases=cases, splits=splits)
+    return Store(path=path, attributes=attributes, cases=cases, splits=read_splits(path))
 
 
-def read_case(path: Path, name: str) -> Case | None:
-    """A case of the store at `path`; None if it is not complete. Raises `UserError` if its metadata are damaged."""
-    folder = located(path) / "cases" / name
+def read_splits(path: Path) -> dict[str, dict[str, Any]]:
+    """The records of the splits by their names. Raises `UserError` if one is damaged."""
+    records = {file.parent.name: read_sealed(file.parent) for file in sorted(located(path).glob("splits/*/zarr.json"))}
+    return {name: record for name, record in records.items() if record}
+
+
+def read_case(path: Path, name: str, identity: str | None = None) -> Case | None:
+    """A case of the store at `path`, which has this `identity`; None if it is not complete.
+
+    Raises `UserError` if its metadata are damaged, and `Conflict` if they are those of another store or case.
+    """
+    path = located(path)
+    folder = path / "cases" / name
     try:
         facts = read_sealed(folder)
     except UserError:
@@ -276,6 +308,7 @@ def read_case(path: Path, name: str) -> Case | None:
         facts = {}  # It is not there, or somebody is preparing it again right now.
     if not facts:
         return None
+    check_belongs(folder, facts, identity or identity_of(path))
     array = read_json(folder / "image" / "zarr.json")
     return Case(
         name=folder.name,
@@ -294,7 +327,7 @@ def read_attributes(path: Path) -> dict[str, Any]:
 
     Raises `UserError` if there is none, it was made by another version, or its metadata are damaged.
     """
-    attributes = _root_attributes(path)
+    attributes = root_attributes(path)
     if attributes.get("version") != VERSION:
         raise UserError(
             f"{path}: a slice store of version {attributes.get('version')}, and this program reads version {VERSION}; "
@@ -303,7 +336,8 @@ def read_attributes(path: Path) -> dict[str, Any]:
     return read_sealed(path)
 
 
-def _root_attributes(path: Path) -> dict[str, Any]:
+def root_attributes(path: Path) -> dict[str, Any]:
+    """The attributes of the store at `path`, of whatever version. Raises `UserError` if there is no store."""
     if not exists(path / "zarr.json"):
         raise UserError(f"{path}: no slice store here; make one with: spark-data prepare INPUT {path} --layout …")
     document = read_json(path / "zarr.json")

@@ -1,6 +1,6 @@
 """Is every byte of a store as it was written, and every voxel that of its source?"""
 
-import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,15 +10,21 @@ from typing import NamedTuple
 import numpy as np
 
 from .arrays import LABELS, SHARD_SLICES
-from .errors import UserError
+from .errors import Conflict, UserError, say_error
+from .identity import gone, identity_of, is_known, known_cases
 from .layouts import Source, find_sources
-from .location import finished, open_array
+from .location import exists, finished, located, open_array
 from .options import Options, options_of
 from .pool import results
 from .prepare import Result, convert, prepare_case, source_hashes
 from .progress import console, progress
 from .report import case_row, cases_table
-from .store import Case, check_groups, read_case
+from .sealed import is_sealed, read_sealed
+from .store import Case, read_case, root_attributes
+
+AGAIN = "prepare it again with --replace, if that is what it shall be"
+CONFLICTS = ("changed", "foreign")
+"""What becomes of a case that is sound, and made of other files than it should be."""
 
 
 class Job(NamedTuple):
@@ -28,38 +34,80 @@ class Job(NamedTuple):
     source: Source | None
 
 
-def verify(store: Path, root: Path | None, patterns: Sequence[str] | None, repair: bool, workers: int) -> int:
+class Repair(NamedTuple):
+    """What is done about what is wrong."""
+
+    damaged: bool
+    """Metadata are restored from their copies, and damaged and missing cases prepared again."""
+    replace: bool
+    """Sound cases too, if they are other files' or another store's."""
+
+
+def verify(store: Path, root: Path | None, patterns: Sequence[str] | None, repair: Repair, workers: int) -> int:
     """Verify the store's own metadata, its splits and all cases, print a table, and return how many are damaged.
 
     With `root`, the folder that the cases came from, every voxel is compared with the NIfTI files; `patterns` are
-    those of layout pairs if the files have other names now. `repair` restores metadata from their copies and prepares
-    damaged cases again; what that healed is not counted. Raises `UserError` if `store` is no store, or `repair` has no
-    `root`.
+    those of layout pairs if the files have other names now. What `repair` healed is not counted. Raises `UserError` if
+    `store` is no store, or there is something to repair without a `root`.
     """
-    if repair and root is None:
+    if repair.damaged and root is None:
         raise UserError(f"{store}: --repair prepares damaged cases again and needs --source, the folder they came from")
-    groups = check_groups(store, repair)
+    if repair.replace and not repair.damaged:
+        raise UserError("--replace says what --repair may replace; give both")
+    groups = check_groups(store, repair.damaged)
     for name, problem in groups.items():
-        print(f"error: {name}: {problem}", file=sys.stderr)
+        say_error(f"{name}: {problem}")
+    if identity_of(store) is None and not groups:
+        say_error(f"{store}: made by an earlier version; spark-data prepare gives it an identity", "note")
     jobs, options = find_jobs(store, root, patterns)
+    if options:
+        options = replace(options, replace=repair.replace)
     done: dict[str, Result] = {}
     with progress(len(jobs), "verify") as bar:
         for result in results(partial(verify_case, store, options), jobs, workers, lost):
-            if repair and result.status != "sound":
+            if repair.damaged and result.status not in ("sound", *(() if repair.replace else CONFLICTS)):
                 result = repaired(store, options, next(job for job in jobs if job.case == result.case), result)
             done[result.case] = result
             if result.status != "sound":
-                print(
-                    f"{'note' if result.status == 'repaired' else 'error'}: {result.case}: {result.note}",
-                    file=sys.stderr,
-                )
+                say_error(f"{result.case}: {result.note}", "note" if result.status == "repaired" else "error")
             bar.advance(bar.task_ids[0])
     return summary(store, done, groups)
 
 
+def check_groups(path: Path, repair: bool) -> dict[str, str]:
+    """What is wrong with the metadata of a store and of its splits, by their files. All of that is there twice.
+
+    With `repair`, what is damaged is restored from its other copy, and said to be restored. Raises `UserError` if there
+    is no store at all.
+    """
+    path = located(path)
+    if not exists(path / "cases"):
+        root_attributes(path)
+    alike = [(path, path / "cases", path / "splits")]
+    alike += [(folder, folder / "copy") for folder in sorted(path.glob("splits/*")) if folder.is_dir()]
+    problems = {}
+    for folders in alike:
+        sound = [folder for folder in folders if is_sealed(folder)]
+        identities = Counter(filter(None, (read_sealed(folder).get("identity") for folder in sound)))
+        foreign = []
+        if len(identities) > 1:
+            # Of three copies, the one that differs was copied from another store.
+            (ours, count), *_ = identities.most_common()
+            foreign = [folder for folder in sound if read_sealed(folder).get("identity") != ours or count == 1]
+        sound = [folder for folder in sound if folder not in foreign]
+        for folder in (folder for folder in folders if folder not in sound):
+            file, problem = folder / "zarr.json", "another store's" if folder in foreign else "damaged"
+            problems[str(file)] = problem if sound else f"{problem}, and so are its copies; make a new one"
+            if repair and sound:
+                file.parent.mkdir(exist_ok=True)
+                file.write_bytes((sound[0] / "zarr.json").read_bytes())
+                problems[str(file)] = f"{problem}, and restored from its copy"
+    return problems
+
+
 def find_jobs(store: Path, root: Path | None, patterns: Sequence[str] | None) -> tuple[list[Job], Options | None]:
     """All cases of the store and, with `root`, the labelled ones of the data set that the store lacks."""
-    names = {folder.name for folder in store.glob("cases/*") if folder.is_dir()}
+    names = {folder.name for folder in store.glob("cases/*") if folder.is_dir()} | set(known_cases(store))
     if root is None:
         return [Job(name, None) for name in sorted(names)], None
     options = options_of(store)
@@ -77,11 +125,15 @@ def verify_case(store: Path, options: Options | None, job: Job) -> Result:
     """Whether a case is sound, damaged, missing, or made of files that changed since."""
     try:
         case = read_case(store, job.case)
+        if case is None and is_known(store, job.case) and not (store / "cases" / job.case).exists():
+            return Result(job.case, "missing", gone(store, job.case))
         if case is None:
             return Result(job.case, "missing", "not in the store, or not complete; prepare it")
         if problems := list(damages(store, case)):
             return Result(job.case, "damaged", "; ".join(problems))
         return compare(store, options, case, job.source) if options else Result(job.case, "sound")
+    except Conflict as error:
+        return Result(job.case, "foreign", str(error))
     except (UserError, OSError) as error:
         return Result(job.case, "damaged", str(error))
 
@@ -134,7 +186,7 @@ def compare(store: Path, options: Options, case: Case, source: Source | None) ->
     hashes = source_hashes(source)
     changed = [kind for kind in ("image", "label") if hashes.get(f"{kind}_sha256") != case.source.get(f"{kind}_sha256")]
     if changed:
-        return Result(case.name, "changed", f"its source ({', '.join(changed)}) is another file now; prepare it again")
+        return Result(case.name, "changed", f"its source ({', '.join(changed)}) is another file now; {AGAIN}")
     image, label, attributes, _ = convert(source, with_spacing(options, case))
     for key, value in (("affine", case.affine), ("spacing", case.spacing), ("window", case.window)):
         if not np.array_equal(attributes[key], value):

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 from conftest import ROOT
-from nifti_cases import save_kits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nifti_cases import all_files, save_kits
 
 import data_tools
 from data_tools.cli import main, parser
@@ -157,3 +159,159 @@ def test_ctrl_c_while_it_is_imported(tmp_path):
     (tmp_path / "rich.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
     result = run_module("--help", PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert (result.returncode, result.stderr) == (130, b"interrupted; the same command goes on from here\n")
+
+
+COSTLY = {
+    "cases": ["1", "0", "-1", "1e3", "100001", "9" * 30],
+    "size": ["32", "40", "31", "-5", "1025", "7,9", "0,4", "8193", "1,2,3"],
+    "workers": ["1", "0", "-1", "1.0", ""],
+    "slices": ["1", "2", "0", "-3", "1001", "9" * 5000],
+}
+"""Values of options that would take long, or much memory, with some of all numbers."""
+TELLING = [
+    "organ=1,tumour=2",
+    "organ=1",
+    "organ=1+9",
+    "organ=0",
+    "tumour=1",
+    "organ=-1",
+    "organ=1e9",
+    "3/8",
+    "9/8",
+    "1/0",
+]
+TELLING += [
+    "-200,300",
+    "300,-200",
+    "nan,1",
+    "percentile",
+    "0.7",
+    "0.15",
+    "-0.1",
+    "2",
+    "1e9",
+    "nan",
+    "inf",
+    "1,1,1",
+    "0,1,2",
+]
+TELLING += ["{case}/imaging.nii.gz", "{case}/segmentation.nii.gz", "/{case}.nii", "../{case}", "{case}", "{case}{case}"]
+TELLING += [
+    "case_00000",
+    "case_*",
+    "case_9",
+    "*",
+    "",
+    "default",
+    "../x",
+    "a" * 300,
+    "[/x]",
+    "$x_{",
+    "\udcff",
+    "-1",
+    "1" * 30,
+]
+PLACES = ["s.zarr", "kits", "theirs", "theirs/index.html", "theirs/zarr.json", "out", "out/new.nii.gz", "out/x.png"]
+PLACES += ["../work/out/p", "nowhere", "", "theirs/notes.txt/x", "l" * 300, "{x}_$y", "lists.json", "out/[/x]"]
+
+
+def values_of(action):
+    """Values for an option, most of which it does not take."""
+    if action.choices:
+        return st.sampled_from([*action.choices, "", "no"])
+    if action.dest in COSTLY:
+        return st.sampled_from(COSTLY[action.dest])
+    if action.dest in ("out", "input", "store", "source", "lists", "prediction"):
+        return st.sampled_from(PLACES)
+    numbers = st.one_of(st.integers(-3, 9), st.integers(), st.floats())
+    text = st.text(st.characters(exclude_characters="\0", exclude_categories=[]), max_size=8)
+    return st.one_of(st.sampled_from(TELLING), numbers.map(str), text)
+
+
+USUAL = {
+    "store": "s.zarr",
+    "input": "kits",
+    "case": "case_00000",
+    "layout": "kits",
+    "labels": "organ=1,tumour=2",
+    "workers": "1",
+    "cases": "1",
+    "slices": "1",
+    "size": "32",
+}
+"""What an option has that is not tried, where the default is costly or there is none."""
+
+
+@st.composite
+def lines(draw, command):
+    """A command line of a subcommand with any values for a few of its options and places."""
+    (commands,) = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
+    actions = [action for action in commands.choices[command]._actions if action.dest != "help"]
+    tried = draw(st.lists(st.sampled_from(actions), max_size=3))
+    line = [command]
+    for action in actions:
+        usual = USUAL | {"out": "out/new.nii.gz" if command == "export" else "out/new"}
+        if command == "prepare":
+            usual |= {"store": "out/new.zarr", "size": None}
+        if action not in tried and (action.nargs == 0 or usual.get(action.dest) is None):
+            continue
+        value = draw(values_of(action)) if action in tried and action.nargs != 0 else usual.get(action.dest)
+        if action.nargs == 0:
+            line.append(action.option_strings[0])
+        else:
+            line.append(f"{action.option_strings[0]}={value}" if action.option_strings else value)
+    return line
+
+
+@pytest.fixture(scope="module")
+def work(prepared, tmp_path_factory):
+    """A folder with a data set, its store, and what is somebody else's."""
+    folder = tmp_path_factory.mktemp("any") / "work"
+    shutil.copytree(prepared.parent / "kits", folder / "kits", ignore=lambda *_: ["case_00002", "case_00003"])
+    options = ["--layout", "kits", "--labels", "organ=1,tumour=2", "--workers", "1"]
+    assert main(["prepare", str(folder / "kits"), str(folder / "s.zarr"), *options]) == 0
+    (folder / "lists.json").write_text('{"train": ["case_00000"], "val": ["case_00001"]}')
+    (folder / "theirs").mkdir()
+    for name in ("index.html", "zarr.json", "notes.txt"):
+        (folder / "theirs" / name).write_text("{}")
+    return folder
+
+
+EXAMPLES = {"preview": 20, "stats": 20, "phantom": 40}
+COMMANDS = ["phantom", "prepare", "verify", "export", "split", "preview", "stats", "info"]
+
+
+def test_all_commands_are_tried():
+    assert sorted({name for name, _ in options()}) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_any_values_of_all_options(work, monkeypatch, capsys, command):
+    """No traceback, an error of one line for each mistake, and nothing that was there before is changed."""
+    monkeypatch.chdir(work)
+    theirs = {name: content for name, content in all_files(work.parent).items() if "/s.zarr/" not in name}
+    names = {*os.listdir(work), "out", "nowhere", "l" * 300, "{x}_$y", "s-preview", "s-stats.png"}
+
+    @settings(max_examples=EXAMPLES.get(command, 60), deadline=None, database=None)
+    @given(lines(command))
+    def check(line):
+        capsys.readouterr()
+        files = all_files(work / "s.zarr").items()
+        stored = {name: content for name, content in files if name.startswith("cases/case_")}
+        try:
+            code = main(line)
+        except SystemExit as exit:
+            code = exit.code
+        out, err = capsys.readouterr()
+        assert code in ((0, 1, 2) if command in ("prepare", "verify") else (0, 2))
+        assert "Traceback" not in out + err
+        if code == 2:
+            assert len(err.splitlines()) == 1, err
+            assert err.startswith("error: ")
+        assert theirs.items() <= all_files(work.parent).items()
+        if "--replace" not in line:
+            assert stored.items() <= all_files(work / "s.zarr").items()
+        assert set(os.listdir(work)) <= names
+        assert os.listdir(work.parent) == ["work"]
+
+    check()

@@ -62,12 +62,15 @@ def test_nothing_is_written_and_the_run_does_what_was_said(kits, prepare, tmp_pa
     prepare("--only", "case_0000[01]")
     save(kits / "case_00001" / "segmentation.nii.gz", np.zeros((12, 10, 6), np.uint8))
     before = state(tmp_path), all_files(tmp_path)
-    code, out, err = prepare("--dry-run")
+    code, out, (line,) = prepare("--dry-run")
+    assert code == 1
+    assert "the store has a case case_00001 of other files (label)" in line
+    code, out, err = prepare("--dry-run", "--replace")
     assert (code, err) == (0, [])
     said = statuses(out)
     assert said == {"case_00000": "unchanged", "case_00001": "changed", "case_00002": "new"}
     assert (state(tmp_path), all_files(tmp_path)) == before
-    assert prepared_statuses(prepare()[1]) == {case: BECOMES[status] for case, status in said.items()}
+    assert prepared_statuses(prepare("--replace")[1]) == {case: BECOMES[status] for case, status in said.items()}
     code, out, err = prepare("--dry-run")
     assert (code, err) == (0, [])
     assert set(statuses(out).values()) == {"unchanged"}

@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 from conftest import ROOT
-from nifti_cases import AFFINE, all_files, at_world_places, read, rewrite_json, save, save_kits
+from nifti_cases import AFFINE, all_but_identity, all_files, at_world_places, read, rewrite_json, save, save_kits
 
 from data_tools.cli import main
 from data_tools.errors import UserError
@@ -303,7 +303,11 @@ def test_only_what_changed_is_prepared_again(kits, prepare, tmp_path):
     assert "0 prepared, 3 unchanged, 0 failed" in out[-1]
     assert times == {file: file.stat().st_mtime_ns for file in (tmp_path / "s.zarr").rglob("*")}
     save(kits / "case_00001" / "segmentation.nii.gz", np.zeros((12, 10, 6), np.uint8))
-    _, out, _ = prepare_kits(prepare, kits)
+    code, out, (line,) = prepare_kits(prepare, kits)
+    assert code == 1
+    assert "the store has a case case_00001 of other files (label); pass --replace to replace it" in line
+    assert all_files(tmp_path / "s.zarr") == before
+    _, out, _ = prepare_kits(prepare, kits, "--replace")
     assert "1 prepared, 2 unchanged, 0 failed" in out[-1]
     changed = {name for name, content in all_files(tmp_path / "s.zarr").items() if before[name] != content}
     assert changed == {"cases/case_00001/zarr.json", "cases/case_00001/label/c/0/0/0"}
@@ -454,7 +458,7 @@ def test_several_runs_into_one_store_at_once(thirty, tmp_path, parts):
     assert sum(prepared) == 30
     if all(parts):
         assert prepared == [10, 10, 10]
-    assert all_files(tmp_path / "s.zarr") == all_files(thirty / "whole.zarr")
+    assert all_but_identity(tmp_path / "s.zarr") == all_but_identity(thirty / "whole.zarr")
 
 
 def wait_for(condition, seconds=30):
@@ -500,7 +504,7 @@ def test_a_run_that_is_ended_goes_on(thirty, tmp_path, how):
     out, err = again.communicate(timeout=60)
     assert (again.returncode, err) == (0, "")
     assert " 0 failed" in out
-    assert all_files(store) == all_files(thirty / "whole.zarr")
+    assert all_but_identity(store) == all_but_identity(thirty / "whole.zarr")
 
 
 def test_a_worker_that_is_killed_is_told_of(thirty, tmp_path):
@@ -518,7 +522,7 @@ def test_a_worker_that_is_killed_is_told_of(thirty, tmp_path):
         assert "nii.gz: not done, as a worker process was killed" in line
     assert f"{len(errors)} failed" in out
     assert start(thirty / "nii", store, "2").wait(60) == 0
-    assert all_files(store) == all_files(thirty / "whole.zarr")
+    assert all_but_identity(store) == all_but_identity(thirty / "whole.zarr")
 
 
 @pytest.mark.parametrize(

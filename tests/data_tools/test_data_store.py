@@ -83,11 +83,12 @@ def opened():
 
 
 def test_all_that_a_killed_run_can_leave_lies_in_the_case(path, opened):
-    """Even a temporary file: what lies elsewhere would stay for ever."""
+    """Even a temporary file: what lies elsewhere would stay for ever. But that the case was complete is noted last."""
     opened.on = True
     write(path)
     opened.on = False
     assert len(opened) > 4
+    assert opened.pop() == path / "known" / "a"
     assert all(file.is_relative_to(path / "cases" / "a") for file in opened)
 
 

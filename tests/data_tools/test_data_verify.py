@@ -129,8 +129,12 @@ def test_sources_that_changed_or_are_gone_or_new(verify, store, kits):
     code, out, err = verify(source=True)
     assert code == 1
     assert out[-1] == "4 cases: 1 sound, 1 changed, 1 no source, 1 missing"
-    assert "its source (label) is another file now; prepare it again" in err[0]
-    code, out, err = verify("--repair", source=True)
+    assert "its source (label) is another file now; prepare it again with --replace" in err[0]
+    before = all_files(store / "cases" / "case_00000")
+    assert verify("--repair", source=True)[1][-1] == "4 cases: 1 sound, 1 changed, 1 no source, 1 repaired"
+    assert all_files(store / "cases" / "case_00000") == before
+    shutil.rmtree(store / "cases" / "case_00003")
+    code, out, err = verify("--repair", "--replace", source=True)
     assert code == 1
     assert "case_00001: its files are not in the source folder; it can't be prepared again" in err[1]
     assert out[-1] == "4 cases: 1 sound, 2 repaired, 1 no source"
