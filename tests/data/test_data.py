@@ -216,6 +216,17 @@ def test_a_damaged_chunk_names_case_and_slice(tiny_store, tmp_path):
         SliceDataset(table, SPEC).__getitems__([int(rows[0]) * ORIENTATIONS])
 
 
+@pytest.mark.parametrize(("part", "name"), [("train", "case_00001"), ("val", "case_00006"), ("test", "case_00009")])
+def test_a_case_that_lost_its_label_is_named(tiny_store, tmp_path, part, name):
+    copy = tmp_path / "copy.zarr"
+    shutil.copytree(tiny_store, copy)
+    case = open_store(copy).cases[name]
+    facts = {"affine": case.affine.tolist(), "spacing": case.spacing, "window": case.window, "source": case.source}
+    write_case(copy, name, np.zeros(case.shape, np.int16), None, facts)
+    with pytest.raises(UserError, match=f"case '{name}' of the {part} part of split 'default' has lost its label"):
+        slice_table(open_store(copy), "default", part, "organ")
+
+
 def test_a_part_without_the_target_is_refused(tiny_store, tmp_path):
     copy = tmp_path / "copy.zarr"
     shutil.copytree(tiny_store, copy)

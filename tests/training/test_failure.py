@@ -21,10 +21,11 @@ SMALL = ("--task", "organ", "--crop", 32, "--crop-shift", "[0,0]", "--batch-size
 SMALL += ("--network", "enet", "--width", 0.25)
 
 
-def start(folder, *arguments, restarts=0):
-    """`accelerate launch` with two processes, its output in folder/output.txt."""
+def start(folder, *arguments, restarts=0, processes=2):
+    """`accelerate launch` with some processes, its output in folder/output.txt."""
     line = [sys.executable, "-m", "accelerate.commands.launch", "--config-file", ROOT / "accelerate_config.yaml"]
-    line += ["--max-restarts", restarts, "--main-process-port", free_port(), "-m", "spark_dist.train", *arguments]
+    line += ["--num-processes", processes, "--max-restarts", restarts, "--main-process-port", free_port()]
+    line += ["-m", "spark_dist.train", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with open(folder / "output.txt", "w") as output:
         return subprocess.Popen(list(map(str, line)), cwd=folder, env=environment, stdout=output, stderr=output)
@@ -79,6 +80,30 @@ def test_a_job_restarts_by_itself_as_often_as_processes_die(tiny_store, tmp_path
         kill_rank(launcher, rank)
     assert launcher.wait(600) == 0, (tmp_path / "output.txt").read_text()
     assert (tmp_path / "job" / "student" / "test_cases.json").exists()
+
+
+@pytest.mark.launch
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_processes_end_with_their_launcher_and_the_same_command_takes_over(jobs, tiny_store, tmp_path, processes):
+    command = ("--dataset", tiny_store, *SMALL, "--epochs", 12, "--out", "job")
+    launcher = start(tmp_path, *command, processes=processes)
+    wait_for(tmp_path / "job" / "student" / "checkpoints", "step-*.pt", launcher)
+    children = psutil.Process(launcher.pid).children(recursive=True)
+    ranks = [child for child in children if "spark_dist.train" in child.cmdline()]
+    assert len(ranks) == processes
+    launcher.kill()
+    launcher.wait(30)
+    assert not psutil.wait_procs(ranks, timeout=15)[1]
+    codes, log = jobs("train", *command, folder=tmp_path, processes=processes)
+    assert codes == [0] * processes, log
+    logged = [
+        (key, event["step"])
+        for _, event in read_journal(tmp_path / "job" / "student")
+        for key in event.get("metrics", ())
+        if not key.startswith("system/")
+    ]
+    assert len(logged) == len(set(logged))
 
 
 @pytest.mark.slow
