@@ -11,6 +11,7 @@ A name or a shape is no mark: anybody's folder can be called `cache`, or have a 
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -131,7 +132,11 @@ def made_here(file: Path) -> bool:
     """Whether a file says that this program made it."""
     try:
         with open(file, "rb") as opened:
-            return MADE_BY.encode() in opened.read(NEAR)
+            found = opened.read(NEAR)
+            if found.startswith(b"%PDF"):  # which has such fields at its end
+                opened.seek(max(opened.seek(0, os.SEEK_END) - NEAR, 0))
+                found = opened.read(NEAR)
+            return MADE_BY.encode() in found
     except OSError:
         return False
 

@@ -5,9 +5,8 @@ if __name__ == "__main__":
 
     module_main("spark_dist.compare")
 
-import csv
-import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_tools.progress import console
+from data_tools.tables import check_tables, write_tables
 from spark_dist.evaluation.comparison import Row, compare
 from spark_dist.training.finished_runs import load_runs
 
@@ -42,19 +42,34 @@ OPTIONS = CompareOptions
 
 def run(options: CompareOptions) -> None:
     """Print the table, and write it if asked to."""
+    columns = [field.name for field in fields(Row)]
+    check_tables(columns, options.csv, options.json)
     runs, notes = load_runs(options.tracking_uri, options.experiment)
     rows = compare(runs, options.metric)
-    for data in dict.fromkeys((row.dataset, row.task, row.split) for row in rows):
-        show(as_table([row for row in rows if (row.dataset, row.task, row.split) == data], options.metric))
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.data or (row.dataset, row.split), row.task), []).append(row)
+    titles = Counter(title(group[0]) for group in groups.values())
+    for group in groups.values():
+        # The same names do not make the same data.
+        show(as_table(group, options.metric, group[0].data[:8] if titles[title(group[0])] > 1 else ""))
     for note in notes:
         console.print(note)
-    write_rows(rows, options.csv, options.json)
+    write_tables(map(asdict, rows), columns, options.csv, options.json)
 
 
-def as_table(rows: Sequence[Row], metric: str) -> Table:
-    """Rows of the same data for people. Differences are in points: hundredths for overlap metrics."""
+def title(row: Row) -> str:
+    """The names of a row's data."""
+    return f"{row.dataset}, {row.task}, split {row.split}"
+
+
+def as_table(rows: Sequence[Row], metric: str, fingerprint: str = "") -> Table:
+    """Rows of the same data for people, which a `fingerprint` may tell from data of the same names.
+
+    Differences are in points: hundredths for overlap metrics.
+    """
     scale = 100 if metric.startswith(("dice", "voe", "rvd")) else 1
-    data = f"{rows[0].dataset}, {rows[0].task}, split {rows[0].split}"
+    data = title(rows[0]) + (f" (data {fingerprint})" if fingerprint else "")
     table = Table(title=f"{data}: test {metric} of {rows[0].cases} cases, mean and 95% interval", box=HORIZONTALS)
     for name in (
         "",
@@ -116,20 +131,3 @@ def show(table: Table) -> None:
     """Print a table whole: in a narrow terminal its cells fold, in a file or pipe it is as wide as it must be."""
     wide = Console(width=1000, markup=False).measure(table).maximum
     (console if console.is_terminal else Console(width=wide, highlight=False, markup=False)).print(table)
-
-
-def write_rows(rows: Sequence[Row], csv_file: Path | None, json_file: Path | None) -> None:
-    """Write rows to files. What is not a finite number is left empty (CSV) or null (JSON)."""
-    plain = [
-        {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in asdict(row).items()}
-        for row in rows
-    ]
-    for file in filter(None, (csv_file, json_file)):
-        file.parent.mkdir(parents=True, exist_ok=True)
-    if json_file:
-        json_file.write_text(json.dumps(plain, indent=1, allow_nan=False))
-    if csv_file:
-        with open(csv_file, "w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-            writer.writeheader()
-            writer.writerows(plain)

@@ -243,6 +243,9 @@ class DistillationOptions(Options):
     """ImageNet weights (.pth, .safetensors) for a teacher with a ResNet encoder."""
     teacher_checkpoint: Path | None = None
     """A trained teacher (.safetensors), which takes the place of its training."""
+    allow_teacher_overlap: bool = False
+    """Take a --teacher-checkpoint that was trained on val or test cases of the split, so that metrics say nothing of
+    new cases."""
     student: str = "enet"
     """Name of the student's network (docs/networks.md)."""
     student_width: Width = 1.0

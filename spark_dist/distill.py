@@ -37,7 +37,7 @@ def run(options: DistillOptions) -> None:
     """Train the teacher (or take a trained one), then the student with it; test both."""
     check(options)
     tags = {"method": options.method, "teacher": options.teacher, "student": options.student}
-    with open_job(options, tags, options.teacher_checkpoint) as job:
+    with open_job(options, tags) as job:
         if options.together == "live":
             train_together(job)
         else:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from rich.table import Table
 
+from data_tools.ownership import check_output
 from data_tools.progress import console
 from data_tools.store import open_store
 from spark_dist.data.slices import part_of_split
@@ -49,6 +50,8 @@ OPTIONS = EvaluateOptions
 
 def run(options: EvaluateOptions) -> None:
     """Print a table of the cases' metrics, and write them if asked to."""
+    if options.out:
+        check_output(options.out)
     network, card = load_network(Path(options.checkpoint))
     spec = replace(card.spec, task=options.task or card.spec.task, threshold=options.threshold or card.spec.threshold)
     store = open_store(options.dataset)

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from data_tools.errors import UserError
+from data_tools.ownership import check_output
 from data_tools.progress import console
 from data_tools.store import open_store
 from spark_dist.data.slices import part_of_split
@@ -50,6 +51,7 @@ OPTIONS = PictureOptions
 
 def run(options: PictureOptions) -> None:
     """Draw the picture of the checkpoints' common task."""
+    check_output(options.out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     networks, specs = {}, []
     for item in options.checkpoints:

@@ -5,9 +5,7 @@ if __name__ == "__main__":
 
     module_main("spark_dist.profile")
 
-import csv
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -15,8 +13,9 @@ from rich.table import Table
 
 from data_tools.errors import UserError
 from data_tools.progress import console
+from data_tools.tables import check_tables, write_tables
 from spark_dist.networks import NETWORKS
-from spark_dist.networks.cost import measure
+from spark_dist.networks.cost import Cost, measure
 
 from .options import Count, Options, Pixels, Width
 
@@ -50,7 +49,8 @@ OPTIONS = ProfileOptions
 
 def run(options: ProfileOptions) -> None:
     """Print the table, and write it if asked to."""
-    names = options.networks or sorted(NETWORKS)
+    names, columns = options.networks or sorted(NETWORKS), [column.name for column in fields(Cost)]
+    check_tables(columns, options.csv, options.json)
     device = torch.device(options.device or devices()[0])
     costs = [measure(name, options.width, options.crop, device, options.repeats) for name in names]
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -61,13 +61,7 @@ def run(options: ProfileOptions) -> None:
         cells = (f"{c.parameters:,}", f"{c.gflops:.3f}", f"{c.activations_mib:.1f}", f"{c.latency_ms:.1f}")
         table.add_row(c.network, *cells)
     console.print(table)
-    if options.json:
-        options.json.write_text(json.dumps([asdict(c) for c in costs], indent=1))
-    if options.csv:
-        with open(options.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(asdict(costs[0])))
-            writer.writeheader()
-            writer.writerows(asdict(c) for c in costs)
+    write_tables(map(asdict, costs), columns, options.csv, options.json)
 
 
 def devices() -> list[str]:

@@ -19,6 +19,12 @@ def case_fingerprint(store: Store, name: str) -> str:
     return fingerprint(facts)
 
 
+def image_fingerprint(store: Store, name: str) -> str:
+    """A hash of a case's image file, by which it is known in any store and under any name."""
+    source = store.cases[name].source
+    return fingerprint({"image": source.get("image_sha256") or case_fingerprint(store, name)})
+
+
 def split_fingerprints(store: Store, split: str) -> dict[str, dict[str, str]]:
     """Part → case → hash, for all cases of a split. Raises `UserError` if there is no such split, or a case is gone."""
     parts = (*PARTS, "unlabelled")

@@ -26,16 +26,24 @@ class Run:
     parameters: int
     cases: dict[str, dict[str, float]]
     """Metrics of the test cases."""
+    data: str = ""
+    """A hash of the split's cases; none in runs that were logged before it was."""
 
     @property
-    def data(self) -> tuple:
-        """Dataset, task and split, which runs must share to be compared at all."""
-        return self.dataset, self.task, self.split
+    def setting(self) -> tuple:
+        """Data and task, which runs must share to be compared at all; data are known by their content, or else by the
+        names of dataset and split."""
+        return self.data or (self.dataset, self.split), self.task
 
     @property
     def kind(self) -> tuple:
         """All that runs which differ in their seed only have in common."""
-        return *self.data, self.role, self.network, self.width, self.method, self.teacher
+        return *self.setting, self.role, self.network, self.width, self.method, self.teacher
+
+    @property
+    def names(self) -> tuple:
+        """How people call the data."""
+        return self.dataset, self.task, self.split
 
     @property
     def distilled(self) -> bool:
@@ -76,6 +84,8 @@ class Row:
     difference_misses: int | None = None
     against: str | None = None
     """The student alone of the "same seed", or the mean over "all seeds" where there is none of that seed."""
+    data: str = ""
+    """A hash of the split's cases."""
 
     @property
     def title(self) -> str:
@@ -97,7 +107,7 @@ def compare(runs: Sequence[Run], metric: str = "dice") -> list[Row]:
     if metric not in known:
         raise unknown_name("metric", metric, known)
     kinds: dict[tuple, list[Run]] = defaultdict(list)
-    for item in sorted(runs, key=lambda item: (item.data, item.order, int(item.seed))):
+    for item in sorted(runs, key=lambda item: (*item.names, item.order, int(item.seed))):
         kinds[item.kind].append(item)
     single = [make_row([item], runs, metric) for members in kinds.values() for item in members]
     return single + [make_row(members, runs, metric) for members in kinds.values() if len(members) > 1]
@@ -128,7 +138,7 @@ def against_alone(
         item.seed: values_of(item, metric)
         for item in runs
         if (item.role, item.method) == ("student", "none")
-        and (item.data, item.network, item.width) == (first.data, first.network, first.width)
+        and (item.setting, item.network, item.width) == (first.setting, first.network, first.width)
     }
     if not first.distilled or not alone:
         return {}

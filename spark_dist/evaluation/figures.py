@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import nn
 
+from data_tools.ownership import MADE_BY
 from data_tools.store import TASKS, Store
 from spark_dist.data.slices import VoxelReader
 from spark_dist.data.views import SliceSpec
@@ -20,6 +21,8 @@ from .metrics import dice, overlap_counts
 COLOURS = {"target": "#35c2b0", "missed": "#f2b134", "predicted where there is none": "#e8553e"}
 FORMATS = frozenset(Figure().canvas.get_supported_filetypes())
 """Endings of the files that figures can be written to."""
+SOFTWARE = {".png": "Software", ".svg": "Creator", ".pdf": "Creator", ".eps": "Creator", ".ps": "Creator"}
+"""The field of a file's metadata that names the program which made it."""
 TARGET, MISSED, WRONG = COLOURS.values()
 
 
@@ -112,6 +115,8 @@ def curves_figure(histories: Mapping[str, Sequence[tuple[float, float]]], label:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure in the format of its file's ending."""
+    """Write a figure in the format of its file's ending, with this program's name in it where the format has a field
+    for that."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    key = SOFTWARE.get(path.suffix.lower())
+    figure.savefig(path, dpi=130, **({"metadata": {key: MADE_BY}} if key else {}))

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.errors import UserError
+from data_tools.ownership import MADE_BY
 
 TOLERANCE = 1.0
 """Tolerance of the surface Dice in mm, that of the Medical Segmentation Decathlon for the hippocampus."""
@@ -136,7 +137,7 @@ def write_cases(path: Path, cases: Mapping[str, Mapping[str, float]], **facts: A
     from data_tools.files import write_text
 
     rows = {case: {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()} for case, metrics in cases.items()}
-    write_text(Path(path), json.dumps({**facts, "cases": rows}, indent=1, allow_nan=False))
+    write_text(Path(path), json.dumps({"software": MADE_BY, **facts, "cases": rows}, indent=1, allow_nan=False))
 
 
 def read_cases(path: Path) -> dict[str, dict[str, float]]:

@@ -38,8 +38,8 @@ class ModelCard:
     store: str = ""
     """The store's fingerprint."""
     split: str
-    cases: str = ""
-    """A fingerprint of the training cases."""
+    trained_on: tuple[str, ...] | None = None
+    """Hashes of the images that it, and a teacher of its, learned from (see `data.identity`); None if not known."""
     spec: SliceSpec
     """How it sees slices."""
     epoch: int | None = None

@@ -7,6 +7,7 @@ from data_tools.errors import UserError
 from data_tools.split import PARTS
 from data_tools.store import Store
 from spark_dist.config import DistillOptions, TrainingOptions
+from spark_dist.data.identity import image_fingerprint
 from spark_dist.data.order import EpochSampler
 from spark_dist.data.slices import SliceTable
 from spark_dist.distillers import DISTILLERS, build_distiller
@@ -35,6 +36,27 @@ def check_crop(store: Store, options: TrainingOptions) -> None:
                     f"--crop-shift {list(crop.shift)}: a crop of {crop.size[0]}×{crop.size[1]} there sees nothing of "
                     f"{name}, whose slices have {plane[0]}×{plane[1]} pixels ({store.path})"
                 )
+
+
+def check_teacher_cases(store: Store, options: DistillOptions) -> str:
+    """A warning for a given teacher that may know val or test cases of the split; nothing if it does not.
+
+    Raises `UserError` if it does, unless that is allowed.
+    """
+    path = options.teacher_checkpoint
+    seen = load_card(path).trained_on
+    if seen is None:
+        return f"{path} does not say which cases it was trained on; if any are val or test cases, metrics are too good"
+    for part in ("val", "test"):
+        if known := [name for name in store.split(options.split, part) if image_fingerprint(store, name) in seen]:
+            what = f"{path} was trained on {len(known)} {part} cases of split '{options.split}' ({known[0]} …)"
+            if options.allow_teacher_overlap:
+                return f"{what}, as --allow-teacher-overlap allows; metrics say nothing of new cases"
+            raise UserError(
+                f"{what}, so that metrics would say nothing of new cases; take a teacher of this split, or give "
+                "--allow-teacher-overlap"
+            )
+    return ""
 
 
 def check_shares(options: TrainingOptions, table: SliceTable, processes: int) -> None:

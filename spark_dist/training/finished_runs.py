@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ def load_runs(tracking_uri: str, name: str = "") -> tuple[list[Run], list[str]]:
             raise UserError(f"{tracking_uri}: no experiment there yet; train something with this --tracking-uri")
         raise UserError(f"{tracking_uri}: {unknown_name('experiment', name, experiments)}")
     items = {item.info.run_id: item for item in all_runs(client, experiments[name])}
-    found: dict[tuple, Run] = {}
-    unfinished, replaced = [], 0
+    runs: list[Run] = []
+    unfinished = []
     for item in items.values():
         tags = item.data.tags
         if not {"journal", *STAGE_TAGS, "width", "method", "parameters"} <= tags.keys():
@@ -41,18 +42,24 @@ def load_runs(tracking_uri: str, name: str = "") -> tuple[list[Run], list[str]]:
         if cases is None:
             unfinished.append(title)
             continue
+        above = parent.data.tags if parent else {}
         loaded = Run(
             **{key: tags[key] for key in STAGE_TAGS},
             width=float(tags["width"]),
             method=tags["method"] or "none",
-            teacher=parent.data.tags.get("teacher", "") if parent and tags["role"] == "student" else "",
+            teacher=above.get("teacher", "") if tags["role"] == "student" else "",
             parameters=int(tags["parameters"]),
             cases=cases,
+            data=above.get("data", ""),
         )
-        key = (*loaded.kind, loaded.seed)
-        replaced += key in found and found[key].cases != cases
-        found[key] = loaded
-    notes = []
+        runs.append(loaded)
+    runs, notes = with_known_data(runs)
+    found: dict[tuple, Run] = {}
+    replaced = 0
+    for item in runs:
+        key = (*item.kind, item.seed)
+        replaced += key in found and found[key].cases != item.cases
+        found[key] = item
     if unfinished:
         notes.append(f"not finished, so not in the table: {', '.join(unfinished)}")
     if replaced:
@@ -60,6 +67,21 @@ def load_runs(tracking_uri: str, name: str = "") -> tuple[list[Run], list[str]]:
     if not found:
         raise UserError(f"{tracking_uri}: no run in '{name}' has test metrics yet")
     return list(found.values()), notes
+
+
+def with_known_data(runs: list[Run]) -> tuple[list[Run], list[str]]:
+    """Runs in which those from before data were logged by their content have that of the others of the same names, if
+    all of these are of the same data; and a line on them."""
+    known: dict[tuple, set[str]] = {}
+    for item in runs:
+        known.setdefault(item.names, set()).update({item.data} - {""})
+    old = sum(not item.data for item in runs)
+    adopted = [
+        replace(item, data=next(iter(known[item.names]))) if not item.data and len(known[item.names]) == 1 else item
+        for item in runs
+    ]
+    note = f"{old} runs do not say which cases they are of: they are compared by the names of dataset and split"
+    return adopted, [note] if old else []
 
 
 def reach(tracking_uri: str) -> tuple[Any, dict[str, str]]:

@@ -25,6 +25,7 @@ VERSION = 1
 MAY_DIFFER = (
     "out",
     "overwrite",
+    "allow_teacher_overlap",
     "tracking_uri",
     "workers",
     "log_every",

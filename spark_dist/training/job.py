@@ -20,7 +20,7 @@ from spark_dist.data.slices import SliceTable, slice_table, with_unlabelled
 from spark_dist.networks.checkpoint import load_network
 from spark_dist.teacher.fingerprint import weights_hash
 
-from .checks import check_crop, check_shares
+from .checks import check_crop, check_shares, check_teacher_cases
 from .distributed import by_main, listen_for_stop, make_accelerator, shut_down
 from .folder import check_folder, claim, plain
 from .journal import finished
@@ -63,17 +63,19 @@ def training_table(store: Store, options: TrainingOptions) -> SliceTable:
 
 
 @contextmanager
-def open_job(options: TrainingOptions, tags: Mapping[str, Any], teacher: Path | None = None) -> Iterator[Job]:
+def open_job(options: TrainingOptions, tags: Mapping[str, Any]) -> Iterator[Job]:
     """Check the options against the data, claim the job's folder, and open the parent run.
 
-    `teacher` is the checkpoint of a trained one. Raises `UserError` if the folder is not a job's, another process works
-    in it, or it holds a job with other options or data.
+    Raises `UserError` if the folder is not a job's, another process works in it, or it holds a job with other options
+    or data.
     """
     store = open_store(options.dataset)
     for part in ("train", "val", "test"):
         slice_table(store, options.split, part, options.task)
     table = training_table(store, options)
     check_crop(store, options)
+    teacher = getattr(options, "teacher_checkpoint", None)
+    warning = check_teacher_cases(store, options) if teacher else ""
     listen_for_stop()
     accelerator = make_accelerator(options.accumulate, options.clip, options.timeout_minutes)
     if options.sync_batchnorm and accelerator.device.type != "cuda":
@@ -96,6 +98,8 @@ def open_job(options: TrainingOptions, tags: Mapping[str, Any], teacher: Path | 
         with tracked(accelerator, options, options.folder.name, options.folder, facts) as tracker:
             tracker.artifact(options.folder / "config.yaml")
             job = Job(options, accelerator, store, tracker)
+            if warning:
+                job.say(f"warning: {warning}")
             yield job
         if tracker.page:
             job.say(tracker.page)

@@ -13,11 +13,12 @@ from data_tools.errors import UserError
 from data_tools.files import write_text
 from spark_dist.config import TrainingOptions
 from spark_dist.data.batches import SliceDataset, support_set
+from spark_dist.data.identity import image_fingerprint
 from spark_dist.data.loader import Prefetcher, training_loader
 from spark_dist.data.order import EpochSampler
 from spark_dist.distillers.plain import Plain
 from spark_dist.networks import build_network
-from spark_dist.networks.checkpoint import ModelCard
+from spark_dist.networks.checkpoint import ModelCard, load_card
 from spark_dist.networks.resnet import load_pretrained
 from spark_dist.teacher.targets import TeacherTargets
 
@@ -119,6 +120,7 @@ def model_card(job: Job, stage: Stage) -> ModelCard:
         dataset=options.dataset.stem,
         store=job.store.fingerprint(),
         split=options.split,
+        trained_on=trained_on(job),
         spec=options.slice_spec,
     )
 
@@ -175,3 +177,17 @@ def memory_explained(options: TrainingOptions, processes: int) -> Iterator[None]
             f"{2 * options.accumulate}, --batch-size {max(options.batch_size // 2, 1)}, more processes, --crop "
             f"{rows // 2 // 32 * 32 or rows // 2} or mixed precision, in a new folder (--out)"
         ) from None
+
+
+def trained_on(job: Job) -> tuple[str, ...] | None:
+    """Hashes of the images that the job's networks learn from; None if a given teacher does not say what it did."""
+    options = job.options
+    names = [*job.store.split(options.split, "train")]
+    if getattr(options, "unlabelled_share", 0):
+        names += job.store.split(options.split, "unlabelled")
+    found = {image_fingerprint(job.store, name) for name in names}
+    if teacher := getattr(options, "teacher_checkpoint", None):
+        if (before := load_card(teacher).trained_on) is None:
+            return None
+        found |= set(before)
+    return tuple(sorted(found))

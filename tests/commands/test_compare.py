@@ -11,7 +11,7 @@ from spark_dist.compare import remarks
 from spark_dist.evaluation.comparison import Run, compare
 from spark_dist.evaluation.intervals import seeds_interval
 from spark_dist.evaluation.metrics import write_cases
-from spark_dist.training.finished_runs import load_runs
+from spark_dist.training.finished_runs import load_runs, with_known_data
 from spark_dist.training.mlflow_client import make_client
 from spark_dist.training.tracking import open_run
 
@@ -126,9 +126,10 @@ def store(tmp_path, monkeypatch):
     return f"sqlite:///{tmp_path}/mlflow.db"
 
 
-def logged(store, folder, run, finished=True, experiment="kits-organ"):
-    """Log a job of one stage as a training job does."""
-    parent = open_run(store, experiment, folder.name, folder, {"teacher": run.teacher} if run.teacher else {}, {})
+def logged(store, folder, run, finished=True, experiment="kits-organ", data="a hash"):
+    """Log a job of one stage as a training job does; without `data`, as one did before data were logged."""
+    tags = ({"teacher": run.teacher} if run.teacher else {}) | ({"data": data} if data else {})
+    parent = open_run(store, experiment, folder.name, folder, tags, {})
     keys = ("dataset", "task", "split", "width", "role", "network", "method", "seed", "parameters")
     tags = {key: str(getattr(run, key)) for key in keys}
     tracker = open_run(store, experiment, f"{run.role} {run.network}", folder / run.role, tags, {}, parent)
@@ -177,6 +178,58 @@ def test_from_the_runs_to_the_table_and_its_files(store, tmp_path, capsys):
     logged(store, tmp_path / "lits", trained([0.5]), experiment="lits-organ")
     assert main(["compare", "--tracking-uri", store]) != 0
     assert "did you mean kits-organ, lits-organ" in capsys.readouterr().err
+
+
+def test_runs_are_paired_by_the_content_of_their_data_whatever_it_is_called():
+    spark = trained([0.6, 0.9], method="spark", data="1")
+    renamed, other = trained([0.5, 0.5], data="1", dataset="copy", split="second"), trained([0.1, 0.1], data="2")
+    assert difference(compare([spark, renamed, other])).difference == pytest.approx(0.25)
+    assert difference(compare([spark, other])).difference is None
+    assert difference(compare([spark, trained([0.5, 0.5])])).difference is None
+
+
+@pytest.mark.parametrize(("others", "paired"), [(("1", "1"), True), (("1", "2"), False), (("", ""), True)])
+def test_runs_from_before_data_were_logged_count_by_their_names_unless_these_are_ambiguous(others, paired):
+    runs = [trained([0.5, 0.5]), trained([0.6, 0.9], method="spark", data=others[0])]
+    runs, (note,) = with_known_data([*runs, trained([0.2], "unet", data=others[1])])
+    assert "do not say which cases they are of" in note
+    assert (difference(compare(runs)).difference is not None) == paired
+    assert not with_known_data([trained([0.5], data="1")])[1]
+
+
+def test_data_of_the_same_names_have_tables_of_their_own(store, tmp_path, capsys):
+    for number in "12":
+        logged(store, tmp_path / number, trained([0.5, 0.7]), data=number * 16)
+    logged(store, tmp_path / "old", trained([0.3, 0.3]), data="")
+    assert main(["compare", "--tracking-uri", store]) == 0
+    text = capsys.readouterr().out
+    assert "split default (data 11111111)" in text
+    assert "split default (data 22222222)" in text
+    assert text.count("student alone") == 3
+    assert "1 runs do not say which cases they are of" in text
+
+
+@pytest.mark.parametrize("option", ["--csv", "--json"])
+@pytest.mark.parametrize("command", ["compare", "profile"])
+@pytest.mark.parametrize("text", ['{"zarr_format": 3}', "[]", '[{"patient": 1}]', "patient,age\n1,2\n", "\0", ""])
+def test_tables_are_not_written_over_other_files(tmp_path, monkeypatch, capsys, option, command, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "zarr.json").write_text(text)
+    more = ["--tracking-uri", "sqlite:///none.db"] if command == "compare" else ["enet", "--crop", "32"]
+    assert main([command, *more, option, "zarr.json"]) == 2
+    error = f"error: zarr.json: exists and is no such table; move it away, or name another {option}"
+    assert capsys.readouterr().err.strip() == error
+    assert (tmp_path / "zarr.json").read_text() == text
+
+
+def test_tables_are_written_over_older_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for width in ("0.25", "0.5"):
+        line = ["profile", "enet", "--crop", "32", "--repeats", "1", "--width", width]
+        assert main([*line, "--csv", "t.csv", "--json", "deep/t.json"]) == 0
+        rows = json.loads((tmp_path / "deep" / "t.json").read_text())
+        with open(tmp_path / "t.csv", newline="") as file:
+            assert [int(row["parameters"]) for row in csv.DictReader(file)] == [row["parameters"] for row in rows]
 
 
 def test_what_is_no_number_is_a_dash_and_null(store, tmp_path, capsys):

@@ -1,12 +1,18 @@
 """Mistakes that are found where a job meets its data, before anything is trained or written."""
 
+import shutil
+
 import pytest
-from conftest import keep_signals
+from conftest import keep_signals, model_card
 
 from data_tools.errors import UserError
+from data_tools.store import open_store, write_split
 from spark_dist.cli import main
 from spark_dist.config import DistillOptions, TrainOptions
-from spark_dist.training.checks import check_shares
+from spark_dist.data.identity import image_fingerprint
+from spark_dist.networks import build_network
+from spark_dist.networks.checkpoint import save_network
+from spark_dist.training.checks import check_shares, check_teacher_cases
 
 SMALL = ("--task", "organ", "--crop", "32", "--crop-shift", "[0,0]")
 
@@ -63,3 +69,43 @@ def test_methods_that_compare_slices_need_some_on_every_process(method, batch, p
 
 def test_a_network_alone_trains_on_one_slice_a_process():
     check_shares(TrainOptions(dataset="d.zarr", task="organ", network="enet", batch_size=4), 100, 4)
+
+
+@pytest.fixture
+def teacher(tiny_store, tmp_path, monkeypatch):
+    """A function that gives the options of a job whose teacher was trained on some cases of the tiny store."""
+    monkeypatch.chdir(tmp_path)
+    store = open_store(tiny_store)
+
+    def options(*cases, known=True, **more):
+        seen = tuple(image_fingerprint(store, name) for name in cases) if known else None
+        save_network(tmp_path / "teacher.safetensors", build_network("enet", width=0.25), model_card(trained_on=seen))
+        return {"dataset": tiny_store, "task": "organ", "teacher_checkpoint": tmp_path / "teacher.safetensors"} | more
+
+    return options
+
+
+def test_a_teacher_that_knows_test_cases_is_an_error_unless_told(tiny_store, tmp_path, teacher, capsys):
+    store = open_store(tiny_store)
+    assert check_teacher_cases(store, DistillOptions(**teacher("case_00000", "case_00001"))) == ""
+    assert "does not say which cases" in check_teacher_cases(store, DistillOptions(**teacher(known=False)))
+    for name, part in (("case_00006", "val"), ("case_00009", "test")):
+        told = DistillOptions(**teacher("case_00000", name, allow_teacher_overlap=True))
+        assert f"1 {part} cases of split 'default' ({name}" in check_teacher_cases(store, told)
+        with pytest.raises(UserError, match=rf"was trained on 1 {part} cases .* \({name} .*--allow-teacher-overlap"):
+            check_teacher_cases(store, DistillOptions(**teacher("case_00000", name)))
+    line = ["distill", "--dataset", str(tiny_store), *SMALL, "--teacher", "enet", "--out", "job"]
+    with keep_signals():
+        assert main([*line, "--teacher-checkpoint", "teacher.safetensors"]) == 2
+    assert "so that metrics would say nothing of new cases" in capsys.readouterr().err
+    assert not (tmp_path / "job").exists()
+
+
+def test_a_teacher_of_another_split_or_store_knows_its_cases_by_their_images(tiny_store, tmp_path, teacher):
+    shutil.copytree(tiny_store, tmp_path / "other.zarr")
+    record = {"train": ["case_00009"], "val": ["case_00001"], "test": ["case_00002"], "seed": 0}
+    write_split(tmp_path / "other.zarr", "second", record)
+    store = open_store(tmp_path / "other.zarr")
+    assert check_teacher_cases(store, DistillOptions(**teacher("case_00009", split="second"))) == ""
+    with pytest.raises(UserError, match=r"was trained on 1 test cases of split 'second' \(case_00002"):
+        check_teacher_cases(store, DistillOptions(**teacher("case_00002", "case_00009", split="second")))

@@ -17,7 +17,8 @@ from data_tools.ownership import mark, owned
 from data_tools.store import open_store, write_split
 from spark_dist.cli import main
 from spark_dist.config import TrainOptions
-from spark_dist.data.identity import split_fingerprints
+from spark_dist.data.identity import image_fingerprint, split_fingerprints
+from spark_dist.networks.checkpoint import load_card
 from spark_dist.training.folder import check_folder, claim, discard
 from spark_dist.training.journal import append, finished, read_journal
 from spark_dist.training.lock import FILE, locked
@@ -245,6 +246,14 @@ def test_a_given_teacher_is_in_the_table_after_a_kill(jobs, tiny_store, tmp_path
     codes, log = jobs("distill", *command, folder=tmp_path)
     assert codes == [0], log
     assert [row["role"] for row in table(tmp_path, monkeypatch)] == ["teacher", "student"]
+
+
+@pytest.mark.slow
+def test_a_networks_card_names_what_it_was_trained_on(tiny_store, whole):
+    store = open_store(tiny_store)
+    expected = sorted(image_fingerprint(store, name) for name in store.split("default", "train"))
+    for stage in ("teacher", "student"):
+        assert list(load_card(whole[0] / "job" / stage / "best.safetensors").trained_on) == expected
 
 
 MOMENTS = int(os.environ.get("SPARK_DIST_MOMENTS", 6))
