@@ -5,6 +5,7 @@ import re
 from argparse import Action
 from collections.abc import Sequence
 from dataclasses import Field, fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -31,6 +32,7 @@ def parse(options: type[Options], argv: Sequence[str], program: str) -> Any:
     argv, recipes = without_recipes(with_values(argv, {f"--{f.name}" for f in fields(options) if f.type is bool}))
     if len(recipes) > 1:
         raise UserError(f"--config is given more than once ({', '.join(recipes)}); put all options into one recipe")
+    refuse_empty(argv, {f"--{f.name}" for f in fields(options) if Path in (f.type, *get_args(f.type))})
     parser = option_parser(options, program)
     try:
         # jsonargparse takes a recipe's text for its path, and checks both alike.
@@ -150,6 +152,13 @@ def with_values(argv: Sequence[str], switches: set[str]) -> list[str]:
     return found
 
 
+def refuse_empty(argv: Sequence[str], paths: set[str]) -> None:
+    """Raises `UserError` for a path that is empty, which would be the working directory."""
+    for word, following in pairwise([*argv, None]):
+        if (word in paths and following == "") or (word.endswith("=") and word[:-1] in paths):
+            raise UserError(f"{dashed(word.rstrip('='))} is empty; is a variable not set?")
+
+
 def without_recipes(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Arguments without `--config FILE` and `--config=FILE`, and the files."""
     rest, recipes = [], []
@@ -183,7 +192,7 @@ def read_recipe(path: str, options: type[Options]) -> dict[str, Any]:
     return {
         key: SWITCHES[value] if isinstance(value, bool) and "off" in get_args(own[key].type) else value
         for key, value in recipe.items()
-        if key in own and value is not None
+        if key in own and value not in (None, "")
     }
 
 

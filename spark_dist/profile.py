@@ -15,7 +15,7 @@ from data_tools.errors import UserError
 from data_tools.progress import console
 from data_tools.tables import check_tables, write_tables
 from spark_dist.networks import NETWORKS
-from spark_dist.networks.cost import Cost, measure
+from spark_dist.networks.cost import Cost, check_fits, measure
 
 from .options import Count, Options, Pixels, Width
 
@@ -52,6 +52,8 @@ def run(options: ProfileOptions) -> None:
     names, columns = options.networks or sorted(NETWORKS), [column.name for column in fields(Cost)]
     check_tables(columns, options.csv, options.json)
     device = torch.device(options.device or devices()[0])
+    for name in names:
+        check_fits(name, options.width, options.crop)
     costs = [measure(name, options.width, options.crop, device, options.repeats) for name in names]
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     table = Table(title=f"one {options.crop}×{options.crop} slice, {where}")

@@ -32,12 +32,19 @@ class Cost:
     """Median over forward passes of one slice."""
 
 
-@torch.no_grad()
-def measure(name: str, width: float, crop: int, device: torch.device, repeats: int) -> Cost:
-    """Measure one network. Raises `UserError` for a network that there is not, or a crop that does not fit it."""
-    network = build_network(name, width=width).to(device).eval()
+def check_fits(name: str, width: float, crop: int) -> None:
+    """Raises `UserError` for a network that there is not, or a crop that does not fit it."""
+    with torch.device("meta"):
+        network = build_network(name, width=width)
     if crop % network.stride:
         raise UserError(f"--crop {crop} must be a multiple of {network.stride} for {name}")
+
+
+@torch.no_grad()
+def measure(name: str, width: float, crop: int, device: torch.device, repeats: int) -> Cost:
+    """Measure one network on a slice of `crop`×`crop` pixels."""
+    check_fits(name, width, crop)
+    network = build_network(name, width=width).to(device).eval()
     image = example(network, (crop, crop))
     with LiveMemory() as memory:
         network(image)
