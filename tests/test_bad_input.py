@@ -1,6 +1,7 @@
 """Whatever a user, an editor or a terminal does to a command ends in one line, never in a traceback."""
 
 import io
+import json
 import os
 import random
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, keep_signals
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from data_tools.store import open_store, write_split
@@ -67,6 +69,14 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def describe(path, change):
+    """Edit what is written beside a network's weights."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    description = json.loads(metadata["description"])
+    save_file(load_file(path), path, metadata | {"description": change(description)})
+
+
 @pytest.mark.parametrize("text", ["- a\n- b\n", "epochs: [", "plain words", "", "\x00\xff", "null"])
 def test_an_edited_record_of_a_job(here, capsys, text):
     (here / "job" / "config.yaml").write_bytes(text.encode("latin-1"))
@@ -114,6 +124,25 @@ def test_a_checkpoint_that_was_cut_off(here, capsys, caplog):
 def test_weights_that_were_cut_off(here, capsys, command):
     cut(here / "best.safetensors")
     assert one_line(capsys, *command).startswith("best.safetensors: not a whole .safetensors file")
+
+
+@pytest.mark.parametrize("command", [EVALUATE, PICTURE, DISTILL], ids=lambda command: command[0])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda found: "no JSON",
+        lambda found: "[1, 2]",
+        lambda found: "{}",
+        lambda found: json.dumps(found | {"network": 5}),
+        lambda found: json.dumps(found | {"network": "nonet"}),
+        lambda found: json.dumps(found | {"width": "wide"}),
+        lambda found: json.dumps(found | {"width": -1}),
+    ],
+    ids=["no JSON", "list", "empty", "network 5", "unknown network", "width in words", "width -1"],
+)
+def test_an_edited_description_of_weights(here, capsys, command, change):
+    describe(here / "best.safetensors", change)
+    assert one_line(capsys, *command).startswith("best.safetensors")
 
 
 @pytest.mark.parametrize("command", [EVALUATE, PICTURE, DISTILL], ids=lambda command: command[0])

@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy as np
 import pytest
 from conftest import keep_signals, model_card
 
@@ -10,6 +11,7 @@ from data_tools.store import open_store, write_split
 from spark_dist.cli import main
 from spark_dist.config import DistillOptions, TrainOptions
 from spark_dist.data.identity import image_fingerprint
+from spark_dist.data.slices import SliceTable
 from spark_dist.networks import build_network
 from spark_dist.networks.checkpoint import save_network
 from spark_dist.training.checks import check_shares, check_teacher_cases
@@ -42,6 +44,11 @@ def test_a_job_that_learns_nothing_is_an_error_before_it_begins(
     assert not list(tmp_path.iterdir())
 
 
+def slices(n):
+    """A table of n labelled slices of one case; nothing is read of the store."""
+    return SliceTable(store=None, cases=("case",), case=np.zeros(n, np.int32), slice=np.arange(n, dtype=np.int32))
+
+
 @pytest.mark.parametrize(
     ("method", "batch", "processes", "parts", "sound"),
     [
@@ -61,14 +68,14 @@ def test_a_job_that_learns_nothing_is_an_error_before_it_begins(
 def test_methods_that_compare_slices_need_some_on_every_process(method, batch, processes, parts, sound):
     options = DistillOptions(dataset="d.zarr", task="organ", method=method, batch_size=batch, accumulate=parts)
     if sound:
-        check_shares(options, 96, processes)
+        check_shares(options, slices(96), processes)
         return
     with pytest.raises(UserError, match=f"method {method} compares the slices that a process has"):
-        check_shares(options, 96, processes)
+        check_shares(options, slices(96), processes)
 
 
 def test_a_network_alone_trains_on_one_slice_a_process():
-    check_shares(TrainOptions(dataset="d.zarr", task="organ", network="enet", batch_size=4), 100, 4)
+    check_shares(TrainOptions(dataset="d.zarr", task="organ", network="enet", batch_size=4), slices(100), 4)
 
 
 @pytest.fixture
