@@ -85,6 +85,8 @@ def stops_where_the_work_begins(folder, monkeypatch):
     def begin(*_, **__):
         raise Interrupted("all is checked")
 
+    for name in COMMANDS:  # A module that is imported meanwhile would keep what stands here for a test.
+        import_module(f"spark_dist.{name.replace('-', '_')}")
     monkeypatch.setattr(spark_dist.training.job, "tracked", stop)
     monkeypatch.setattr(cache, "make_accelerator", begin)
     monkeypatch.setattr(profile, "measure", lambda name, *_: Cost(name, 1, 1.0, 1.0, 1.0))
