@@ -192,7 +192,7 @@ def test_fifty_damages_to_a_store_are_named_not_trained_on_and_healed(cases, tmp
     torch = pytest.importorskip("torch")
     from spark_dist.data.batches import SliceDataset
     from spark_dist.data.slices import slice_table
-    from spark_dist.data.views import ORIENTATIONS, Crop, SliceSpec
+    from spark_dist.data.views import Crop, SliceSpec
 
     random = np.random.default_rng(0)
     store = tmp_path / "s.zarr"
@@ -209,7 +209,7 @@ def test_fifty_damages_to_a_store_are_named_not_trained_on_and_healed(cases, tmp
         data = SliceDataset(table, SliceSpec("organ", Crop(truth[name][0].shape[1:])))
         for row in np.flatnonzero(table.case == names.index(name)):
             try:
-                batch = data.__getitems__([int(row) * ORIENTATIONS])
+                batch = data.__getitems__([int(row) * data.views.count])
             except UserError as error:
                 message = str(error)
                 assert f"{name} slice {table.slice[row]}" in message or f"{name}/" in message
