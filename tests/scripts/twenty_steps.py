@@ -24,7 +24,7 @@ for method in sorted(DISTILLERS):
     for epoch in range(STEPS // sampler.steps):
         sampler.epoch = epoch
         for step, keys in enumerate(sampler):
-            mine = torch.tensor(keys) // 8
+            mine = torch.tensor(keys)
             targets = module.distiller.teacher_targets(type(output)(*(t[mine] for t in output)), mask[mine])
             accelerator.backward(sum(model(image[mine], mask[mine], targets, mine).values()) * sampler.weight(step))
             optimizer.step()
