@@ -13,8 +13,6 @@ from data_tools.store import TASKS
 
 ORIENTATIONS = 8
 """The dihedral group D4: orientation = quarter turns + 4 × (flipped left to right first)."""
-UPRIGHT = (0, 2, 4, 6)
-"""The orientations without quarter turns, which keep the sides of a rectangle."""
 ROWS, COLUMNS = -2, -1
 """An image's last two axes."""
 TURNS = (
