@@ -28,7 +28,7 @@ step "Comparison on the test cases"
 spark-dist compare --tracking-uri "$tracking" --experiment phantom-organ
 spark-dist picture --dataset "$out/phantom.zarr" --out "$out/predictions.png" \
     "teacher=$out/spark/teacher/best.safetensors" \
-    "student alone=$out/student-alone/student/best.safetensors" \
+    "student alone=$out/student-alone/network/best.safetensors" \
     "SPARK student=$out/spark/student/best.safetensors"
 
 printf '\nPredictions beside the truth: %s\n' "$out/predictions.png"

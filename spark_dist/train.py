@@ -18,8 +18,10 @@ def run(options: TrainOptions) -> None:
     """Train, and test the epoch that was best on val."""
     check_network(options, options.network, options.width)
     with open_job(options, {"network": options.network, "method": "none"}) as job:
+        # Jobs once kept the network in student/; such a one goes on there.
+        before = (options.folder / "student" / "tracking.jsonl").exists()
         stage = Stage(
-            role="student",
+            role="student" if before else "network",
             network=options.network,
             width=options.width,
             epochs=options.epochs_of(job.table),

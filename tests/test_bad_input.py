@@ -38,7 +38,7 @@ def trained(jobs, tiny_store, tmp_path_factory):
         write_split(folder / "tiny.zarr", f"no-{part}", {**whole, part: []})
     codes, log = jobs(*TRAIN, "--out", "job", folder=folder)
     assert codes == [0], log
-    shutil.copy(folder / "job" / "student" / "best.safetensors", folder)
+    shutil.copy(folder / "job" / "network" / "best.safetensors", folder)
     return folder
 
 
@@ -61,8 +61,8 @@ def one_line(capsys, *command, code=2):
 
 def unfinished(folder):
     """Makes a job one that has still to be tested; returns its newest state."""
-    (folder / "job" / "student" / "test_cases.json").unlink()
-    return max((folder / "job" / "student" / "checkpoints").glob("step-*.pt"))
+    (folder / "job" / "network" / "test_cases.json").unlink()
+    return max((folder / "job" / "network" / "checkpoints").glob("step-*.pt"))
 
 
 def cut(path):
@@ -264,3 +264,14 @@ def test_ctrl_c_while_modules_are_imported(tmp_path, start):
 
 def listen_to_ctrl_c():
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_a_job_that_was_begun_in_another_folder_goes_on_there(here, capsys):
+    (here / "job" / "network").rename(here / "job" / "student")
+    (here / "job" / "student" / "test_cases.json").unlink()
+    with keep_signals():
+        assert main([*TRAIN, "--out", "job"]) == 0
+    said = capsys.readouterr().out
+    assert "student: test Dice" in said
+    assert "epoch 1/1" not in said
+    assert not (here / "job" / "network").exists()

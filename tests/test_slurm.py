@@ -213,7 +213,7 @@ def test_a_sweep_is_an_array_whose_runs_stand_below_one(slurm, piped, tmp_path):
     import mlflow
 
     (tmp_path / "grid.yaml").write_text("method: [kd, at]\nstudent: [enet]\nseed: [1, 2]\n")
-    teacher = piped / "runs" / "phantom-organ" / "teacher" / "student" / "best.safetensors"
+    teacher = piped / "runs" / "phantom-organ" / "teacher" / "network" / "best.safetensors"
     array = slurm.submit(
         *(f"--output={tmp_path}/%x-%A-%a.log", "--gpus-per-node=1", "--array=1-4", "launch/slurm/sweep.sbatch"),
         *(tmp_path / "grid.yaml", "--config", piped / "recipe.yaml", "--teacher-checkpoint", teacher),

@@ -40,7 +40,7 @@ submit() { # sbatch, after the job before
 submit --array="1-${PARTS:-8}" launch/slurm/prepare.sbatch "$data" "$store" "$@"
 submit --job-name=spark-split --wrap "spark-data split --keep $(printf %q "$store")"
 submit launch/slurm/train.sbatch "${common[@]}" --network "$teacher" --width "$width" --out "$out/teacher"
-checkpoint=$out/teacher/student/best.safetensors
+checkpoint=$out/teacher/network/best.safetensors
 submit launch/slurm/cache.sbatch "${common[@]}" --teacher-checkpoint "$checkpoint"
 submit launch/slurm/distill.sbatch "${common[@]}" --teacher-checkpoint "$checkpoint" --out "$out/distilled"
 submit --job-name=spark-compare --wrap "spark-dist compare --experiment $(printf %q "$experiment") ${COMPARE:-}"

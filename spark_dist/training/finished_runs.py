@@ -43,11 +43,12 @@ def load_runs(tracking_uri: str, name: str = "") -> tuple[list[Run], list[str]]:
             unfinished.append(title)
             continue
         above = parent.data.tags if parent else {}
+        role = "student" if tags["role"] == "network" else tags["role"]  # one trained alone is a student alone
         loaded = Run(
-            **{key: tags[key] for key in STAGE_TAGS},
+            **{key: tags[key] for key in STAGE_TAGS} | {"role": role},
             width=float(tags["width"]),
             method=tags["method"] or "none",
-            teacher=above.get("teacher", "") if tags["role"] == "student" else "",
+            teacher=above.get("teacher", "") if role == "student" else "",
             parameters=int(tags["parameters"]),
             cases=cases,
             data=above.get("data", ""),

@@ -43,7 +43,7 @@ JOB = ("config.yaml", "generation.txt", "support.txt", *RUN)
 STATES = ("step-*.pt", "step-*.damaged", ".step-*.tmp")
 STAGE = ("best.safetensors", "test_cases.json", "predictions.png", *RUN, *(f"checkpoints/{name}" for name in STATES))
 """All that a job writes, beside its mark."""
-STAGES = ("teacher", "student")
+STAGES = ("network", "teacher", "student")
 
 
 def check_folder(folder: Path) -> None:

@@ -126,12 +126,12 @@ def store(tmp_path, monkeypatch):
     return f"sqlite:///{tmp_path}/mlflow.db"
 
 
-def logged(store, folder, run, finished=True, experiment="kits-organ", data="a hash"):
-    """Log a job of one stage as a training job does; without `data`, as one did before data were logged."""
+def logged(store, folder, run, finished=True, experiment="kits-organ", data="a hash", **changed):
+    """Log a job of one stage as a training job does, with its tags or `changed` ones; without `data`, as one did before."""
     tags = ({"teacher": run.teacher} if run.teacher else {}) | ({"data": data} if data else {})
     parent = open_run(store, experiment, folder.name, folder, tags, {})
     keys = ("dataset", "task", "split", "width", "role", "network", "method", "seed", "parameters")
-    tags = {key: str(getattr(run, key)) for key in keys}
+    tags = {key: str(getattr(run, key)) for key in keys} | changed
     tracker = open_run(store, experiment, f"{run.role} {run.network}", folder / run.role, tags, {}, parent)
     if finished:
         file = folder / run.role / "test_cases.json"
@@ -145,7 +145,7 @@ def test_from_the_runs_to_the_table_and_its_files(store, tmp_path, capsys):
     alone, spark = trained([0.5, 0.7]), trained([0.6, 0.9], method="spark", teacher="unet")
     alone.cases["a"]["hd95"] = math.inf
     logged(store, tmp_path / "old", trained([0.2, 0.2]))
-    logged(store, tmp_path / "alone", alone)
+    logged(store, tmp_path / "alone", alone, role="network")  # what trains alone, in jobs of today
     logged(store, tmp_path / "spark", spark)
     logged(store, tmp_path / "killed", trained([0.1], "unet", "teacher"), finished=False)
     client = make_client(store)

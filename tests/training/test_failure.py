@@ -135,7 +135,7 @@ def test_an_error_of_all_processes_is_said_once(jobs, tiny_store, tmp_path):
     codes, log = jobs("train", *arguments, folder=tmp_path, processes=2)
     assert codes == [2, 2]
     assert log.count("error: ") == 1
-    for folder, below in ((tmp_path / "job", False), (tmp_path / "job" / "student", True)):
+    for folder, below in ((tmp_path / "job", False), (tmp_path / "job" / "network", True)):
         events = [event for _, event in read_journal(folder)]
         assert events[-1]["status"] == "FAILED"
         assert f"error: {events[-1]['tags']['failure']}" in log
@@ -169,7 +169,7 @@ def test_a_full_disk_is_one_line_and_the_job_goes_on_when_there_is_room(jobs, ti
     codes, log = jobs("train", *arguments, "--out", "moved", folder=tmp_path)
     assert codes == [0], log
     codes, log = jobs("train", *arguments, "--out", "whole", folder=tmp_path)
-    a, b = (load_file(tmp_path / out / "student" / "best.safetensors") for out in ("moved", "whole"))
+    a, b = (load_file(tmp_path / out / "network" / "best.safetensors") for out in ("moved", "whole"))
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 

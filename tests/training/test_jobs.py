@@ -105,9 +105,9 @@ def test_channels_last_and_compiled_it_trains_alike(jobs, tiny_store, tmp_path):
     for name, options in ways.items():
         codes, log = jobs("train", *command, *options, "--out", name, folder=tmp_path)
         assert codes == [0], log
-        student = tmp_path / name / "student"
-        logged[name] = [e["metrics"] for _, e in read_journal(student) if "train/loss" in e.get("metrics", {})]
-        weights[name] = last_state(student)["model"]
+        folder = tmp_path / name / "network"
+        logged[name] = [e["metrics"] for _, e in read_journal(folder) if "train/loss" in e.get("metrics", {})]
+        weights[name] = last_state(folder)["model"]
     # Generated code draws other random numbers for dropout.
     for name, tolerance in (("last", 2e-3), ("compiled", 5e-2)):
         for metrics, plain in zip(logged[name], logged["plain"], strict=True):
@@ -122,12 +122,12 @@ def test_figures_do_not_depend_on_the_number_of_processes(launch, tiny_store, tm
     data = ("--dataset", tiny_store)
     launch(1, "train", *data, *SMALL, "--network", "enet", "--width", 0.25, "--epochs", 1, "--out", "a", cwd=tmp_path)
     for processes in (1, 2, 3):
-        checkpoint = tmp_path / "a" / "student" / "best.safetensors"
+        checkpoint = tmp_path / "a" / "network" / "best.safetensors"
         launch(processes, "evaluate", checkpoint, *data, "--out", f"{processes}.json", cwd=tmp_path)
     one, two, three = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2, 3))
     assert len(one["cases"]) == 3
     assert one == two == three
-    assert one["cases"] == json.loads((tmp_path / "a" / "student" / "test_cases.json").read_text())["cases"]
+    assert one["cases"] == json.loads((tmp_path / "a" / "network" / "test_cases.json").read_text())["cases"]
     launch(1, "evaluate", checkpoint, *data, "--surface-tolerance", 1000, "--out", "far.json", cwd=tmp_path)
     far = json.loads((tmp_path / "far.json").read_text())
     assert far["surface_tolerance"] == 1000

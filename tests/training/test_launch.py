@@ -78,21 +78,21 @@ def test_zero_2_trains_as_ddp_does_and_resumes(jobs, tiny_store, tmp_path):
     data = ("--dataset", tiny_store, "--clip", 0.5)
     assert jobs("train", *data, *SMALL, "--out", "ddp", folder=tmp_path, processes=2)[0] == [0, 0]
     launch_with("zero.yaml", tmp_path, "zero", *data)
-    ddp, zero = losses(tmp_path / "ddp" / "student"), losses(tmp_path / "zero" / "student")
+    ddp, zero = losses(tmp_path / "ddp" / "network"), losses(tmp_path / "zero" / "network")
     assert list(zero) == list(range(1, 13))
     for step, loss in ddp.items():
         assert zero[step] == pytest.approx(loss, rel=1e-4), step
 
     shutil.copytree(tmp_path / "zero", tmp_path / "again")
-    student = tmp_path / "again" / "student"
-    for path in (*states(student / "checkpoints")[1:], student / "test_cases.json"):
+    folder = tmp_path / "again" / "network"
+    for path in (*states(folder / "checkpoints")[1:], folder / "test_cases.json"):
         path.unlink()
     launch_with("zero.yaml", tmp_path, "again", *data)
-    whole, again = (load_state(newest_state(tmp_path / out / "student" / "checkpoints")) for out in ("zero", "again"))
+    whole, again = (load_state(newest_state(tmp_path / out / "network" / "checkpoints")) for out in ("zero", "again"))
     assert all(torch.equal(whole["model"][key], again["model"][key]) for key in whole["model"])
 
     code = "import sys; sys.modules['deepspeed'] = None; from spark_dist.networks.checkpoint import load_network; "
-    code += f"print(load_network({str(tmp_path / 'zero' / 'student' / 'best.safetensors')!r})[1])"
+    code += f"print(load_network({str(tmp_path / 'zero' / 'network' / 'best.safetensors')!r})[1])"
     assert "enet" in subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout
 
 

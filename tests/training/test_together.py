@@ -32,7 +32,7 @@ def test_one_round_is_training_the_teacher_and_then_the_student(jobs, tiny_store
     assert jobs("distill", *common, *TEACHER, *STUDENT, "--rounds", 1, "--out", "one", folder=tmp_path)[0] == [0]
     train = (*common, "--network", "unet", "--width", 0.05, "--out", "alone")
     assert jobs("train", *train, folder=tmp_path)[0] == [0]
-    teacher = ("--teacher-checkpoint", tmp_path / "alone" / "student" / "best.safetensors")
+    teacher = ("--teacher-checkpoint", tmp_path / "alone" / "network" / "best.safetensors")
     assert jobs("distill", *common, *teacher, *STUDENT, "--out", "two", folder=tmp_path)[0] == [0]
     a, b = (load_file(tmp_path / out / "student" / "best.safetensors") for out in ("one", "two"))
     assert all(torch.equal(a[key], b[key]) for key in a)
