@@ -5,7 +5,7 @@ if __name__ == "__main__":
 
     module_main("spark_dist.train")
 
-from spark_dist.training.checks import check_network
+from spark_dist.training.checks import check
 from spark_dist.training.job import open_job
 from spark_dist.training.stage import Stage, train_stage, without_teacher
 
@@ -16,7 +16,7 @@ OPTIONS = TrainOptions
 
 def run(options: TrainOptions) -> None:
     """Train, and test the epoch that was best on val."""
-    check_network(options, options.network, options.width)
+    check(options)
     with open_job(options, {"network": options.network, "method": "none"}) as job:
         # Jobs once kept the network in student/; such a one goes on there.
         before = (options.folder / "student" / "tracking.jsonl").exists()

@@ -55,10 +55,9 @@ def test_commands_are_understood(words, monkeypatch):
 @pytest.mark.parametrize("recipe", sorted((ROOT / "launch" / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_recipes_serve_both_commands(recipe):
     from spark_dist.config import DistillOptions, TrainOptions
-    from spark_dist.training.checks import check, check_network
+    from spark_dist.training.checks import check
 
-    train = parse(TrainOptions, ["--config", str(recipe), "--network", "enet"], "train")
-    check_network(train, train.network, train.width)
+    check(parse(TrainOptions, ["--config", str(recipe), "--network", "enet"], "train"))
     check(parse(DistillOptions, ["--config", str(recipe)], "distill"))
 
 

@@ -16,7 +16,7 @@ from data_tools.files import write_atomically
 from spark_dist.networks.checkpoint import load_weights
 
 PARTS = {"epoch": int, "step": int, "best": float, "losses": list, "model": dict, "optimizer": dict, "processes": int}
-"""What every saved state holds, and of which type."""
+"""The parts of every saved state, and their types."""
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def newest_state(folder: Path) -> Path | None:
 
 
 def damage_of(path: Path) -> str | None:
-    """What is wrong with a saved state. torch reads its zip archive without looking at the checksums."""
+    """The damage to a saved state, or None. torch reads its zip archive without looking at the checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()

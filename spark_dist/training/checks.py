@@ -6,13 +6,25 @@ from torch import nn
 from data_tools.errors import UserError
 from data_tools.split import PARTS
 from data_tools.store import Store
-from spark_dist.config import DistillOptions, TrainingOptions
+from spark_dist.config import DistillOptions, TrainingOptions, TrainOptions
 from spark_dist.data.identity import image_fingerprint
 from spark_dist.data.order import EpochSampler
 from spark_dist.data.slices import SliceTable
 from spark_dist.distillers import DISTILLERS, build_distiller
 from spark_dist.networks import build_network
 from spark_dist.networks.checkpoint import load_card
+
+
+def check(options: TrainOptions | DistillOptions) -> None:
+    """Find what is wrong with the options of a job before anything is trained. Raises `UserError`."""
+    if isinstance(options, TrainOptions):
+        check_network(options, options.network, options.width)
+        return
+    check_together(options)
+    check_cache(options)
+    check_pair(options)
+    if options.teacher_checkpoint:
+        check_given_teacher(options)
 
 
 def check_network(options: TrainingOptions, name: str, width: float) -> nn.Module:
@@ -73,8 +85,8 @@ def check_shares(options: TrainingOptions, table: SliceTable, processes: int) ->
         )
 
 
-def check(options: DistillOptions) -> None:
-    """Find mistakes before the teacher is trained. Raises `UserError`."""
+def check_together(options: DistillOptions) -> None:
+    """Raises `UserError` for ways of training teacher and student that exclude each other."""
     if options.teacher_checkpoint and (options.rounds > 1 or options.together == "live"):
         raise UserError(
             "--teacher-checkpoint is of a teacher that is trained already; leave out --rounds and --together"
@@ -88,14 +100,22 @@ def check(options: DistillOptions) -> None:
         raise UserError(
             "--unlabelled-share takes the prediction of a teacher that is trained already; leave out --together live"
         )
+    if not (options.steps or options.teacher_steps):
+        check_rounds(options.rounds, options.epochs, options.teacher_epochs or options.epochs)
+
+
+def check_cache(options: DistillOptions) -> None:
+    """Raises `UserError` for a cache that can't hold what the views ask of it."""
     if options.cache == "canonical" and options.slice_views.drawn:
         raise UserError("--cache canonical turns one entry into all orientations; use it with --augment none or flips")
     if options.cache in ("on", "canonical") and options.views < 0:
         raise UserError(
             "--views -1 shows each view of a slice only once, and no cache can keep that; use --cache off or auto"
         )
-    if not (options.steps or options.teacher_steps):
-        check_rounds(options.rounds, options.epochs, options.teacher_epochs or options.epochs)
+
+
+def check_pair(options: DistillOptions) -> None:
+    """Raises `UserError` for networks or a method that are not there or do not fit each other."""
     teacher = check_network(options, options.teacher, options.teacher_width)
     student = check_network(options, options.student, options.student_width)
     with torch.device("meta"):
@@ -106,14 +126,18 @@ def check(options: DistillOptions) -> None:
             f"method tfkd has a teacher of the student's own network and width, and --teacher is {options.teacher} "
             f"×{options.teacher_width:g}, --student {options.student} ×{options.student_width:g}"
         )
-    if path := options.teacher_checkpoint:
-        card = load_card(path)
-        for option, found in (("teacher", card.network), ("task", card.spec.task)):
-            if getattr(options, option) != found:
-                raise UserError(
-                    f"{path}: holds a {card.network} for task {card.spec.task}, "
-                    f"but --{option} says {getattr(options, option)}"
-                )
+
+
+def check_given_teacher(options: DistillOptions) -> None:
+    """Raises `UserError` for a checkpoint of another network or task than the options say."""
+    path = options.teacher_checkpoint
+    card = load_card(path)
+    for option, found in (("teacher", card.network), ("task", card.spec.task)):
+        if getattr(options, option) != found:
+            raise UserError(
+                f"{path}: holds a {card.network} for task {card.spec.task}, "
+                f"but --{option} says {getattr(options, option)}"
+            )
 
 
 def check_rounds(rounds: int, epochs: int, teacher_epochs: int) -> None:

@@ -13,7 +13,7 @@ class Distillation(nn.Module):
     """A student and the distiller that teaches it, so that DDP and DeepSpeed see one model.
 
     A frozen teacher is no part of it: it is neither prepared nor saved. A `teacher` that trains at every step is; it
-    learns from the truth alone, and the student from what it says at that step.
+    learns from the ground truth alone, and the student from what it says at that step.
     """
 
     def __init__(self, student: nn.Module, distiller: Distiller, teacher: nn.Module | None = None):

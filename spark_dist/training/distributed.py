@@ -1,4 +1,4 @@
-"""What is particular to several processes, in one place."""
+"""Everything particular to several processes, in one place."""
 
 import gc
 import os
@@ -95,7 +95,7 @@ def first_to_say(text: str) -> bool:
 
 
 def lost_contact(error: Exception) -> str | None:
-    """What to say of an error that is but the consequence of what another process did; None for all others."""
+    """A line on an error that is but the consequence of what another process did; None for all others."""
     if not dist.is_initialized() or not isinstance(error, RuntimeError):
         return None
     text = str(error)
@@ -168,11 +168,11 @@ def join_again(how: InitProcessGroupKwargs) -> None:
 
 
 def deepspeed_settings(accumulate: int, clip: float) -> dict[str, Any]:
-    """What the loop decides and DeepSpeed has to know."""
+    """Settings that the loop decides and DeepSpeed has to know."""
     return {
         "gradient_accumulation_steps": accumulate,
         "gradient_clipping": clip,  # it would be 1
-        "train_micro_batch_size_per_gpu": 1,  # only for its own figures: batches come from our own sampler
+        "train_micro_batch_size_per_gpu": 1,  # only for its own metrics: batches come from our own sampler
         "zero_allow_untested_optimizer": True,
     }
 

@@ -32,7 +32,7 @@ def distiller_between(job: Job, student: Taps, teacher: Taps) -> Distiller:
 
 
 def frozen_teacher(job: Job, checkpoint: Path, student: Taps) -> tuple[TeacherTargets, ModelCard]:
-    """What a saved teacher says to a student with these taps, without a cache, and the teacher's card."""
+    """A saved teacher's targets for a student with these taps, without a cache, and the teacher's card."""
     teacher, card = load_network(checkpoint)
     distiller = distiller_between(job, student, teacher.taps)
     predicts, device = job.transfer_table.unlabelled > 0, job.accelerator.device
@@ -56,7 +56,7 @@ def only_generation(job: Job, folder: Path) -> None:
 
 
 def kin(folder: Path) -> dict[str, Any] | None:
-    """What a cache has in common with those of the same job's other rounds; None for anything else."""
+    """The facts that a cache shares with those of the same job's other rounds; None for anything else."""
     facts = owned(folder, "cache") if not folder.is_symlink() else None
     return facts and {key: value for key, value in facts.items() if key != "teacher_weights"}
 

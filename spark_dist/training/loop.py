@@ -35,7 +35,7 @@ class Teaching:
 
     distillation: Distillation
     targets: TeacherTargets
-    """What the teacher says to a batch, where it does not train."""
+    """The frozen teacher's targets for a batch; none where it trains, or there is no teacher."""
     live_teacher: LiveTeacher | None = None
 
 
