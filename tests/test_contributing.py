@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import tomllib
 
 import pytest
 from conftest import ROOT
@@ -39,9 +40,60 @@ def run(folder, *command, cwd=None):
     return result.stdout
 
 
-def test_the_guide_adds_four_files(copy):
-    assert len(BLOCK.findall((ROOT / "CONTRIBUTING.md").read_text())) == 4
-    assert (copy / "spark_dist/networks/mynet.py").exists()
+def test_the_guide_adds_a_file_and_a_line_for_each(copy):
+    blocks = [name for _, name, _ in BLOCK.findall((ROOT / "CONTRIBUTING.md").read_text())]
+    added = [name for name in blocks if not (ROOT / name).exists()]
+    assert added == ["spark_dist/networks/mynet.py", "spark_dist/distillers/mymethod.py", "spark_dist/mycommand.py"]
+    assert len(blocks) == 2 * len(added)
+    assert all((copy / name).exists() for name in added)
+
+
+def test_the_command_that_was_added_runs(copy, tiny_store):
+    assert "case_00008, case_00009, case_00010" in run(copy, "spark_dist.mycommand", "--dataset", tiny_store)
+    code = "import sys; from spark_dist.cli import main; sys.exit(main(sys.argv[1:]))"
+    line = [sys.executable, "-c", code, "mycommand", "--dataset", str(tiny_store)]
+    result = subprocess.run(line, cwd=copy, env=os.environ | {"PYTHONPATH": str(copy)}, capture_output=True, text=True)
+    assert "case_00008, case_00009, case_00010" in result.stdout
+
+
+def lint_imports(folder):
+    line = [sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"]
+    environment = os.environ | {"PYTHONPATH": str(folder), "COLUMNS": "200"}
+    return subprocess.run([*line, "--no-cache"], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "broken"),
+    [
+        ("spark_dist/data/order.py", "import spark_dist.teacher.targets", "imports run downwards only"),
+        ("spark_dist/compare.py", "import spark_dist.evaluate", "commands never import each other"),
+        ("spark_dist/networks/enet.py", "import spark_dist.data.slices", "Networks and methods know nothing of data"),
+        ("data_tools/plan.py", "import torch", "What touches NIfTI imports no torch"),
+    ],
+)
+def test_an_import_that_a_room_may_not_have_fails_the_linter(copy, tmp_path, file, line, broken):
+    for part in ("spark_dist", "data_tools", "pyproject.toml"):
+        (shutil.copytree if (copy / part).is_dir() else shutil.copy)(copy / part, tmp_path / part)
+    if broken.startswith("imports"):
+        assert lint_imports(tmp_path).returncode == 0
+    with open(tmp_path / file, "a") as source:
+        source.write(f"\n{line}  # noqa\n")
+    result = lint_imports(tmp_path)
+    assert result.returncode != 0, result.stdout
+    (contract,) = (text for text in result.stdout.splitlines() if "BROKEN" in text)
+    assert broken in contract
+
+
+def test_the_table_of_rooms_is_the_contract_of_the_linter():
+    rooms = re.findall(r"^\| (`.*?) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    listed = [re.sub(r"\.py|/|`", "", name) for room in rooms for name in room.split(", ")]
+    (layers,) = (
+        contract["layers"]
+        for contract in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+        if contract["type"] == "layers"
+    )
+    below = [part.removeprefix("spark_dist.") for layer in layers[1:] for part in layer.split(" | ")]
+    assert [name.removeprefix("spark_dist") for name in listed] == ["<command>", *below, "launch"]
 
 
 @pytest.mark.slow
