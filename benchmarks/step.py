@@ -31,6 +31,7 @@ import torch
 from benchmarks.plain_spark import PlainSPARK, TeacherMapsSPARK, plain_levels
 from data_tools.store import create_store, open_store, write_case, write_split
 from spark_dist.data.batches import SliceDataset, to_device
+from spark_dist.data.cache import CacheLayout
 from spark_dist.data.slices import slice_table
 from spark_dist.data.views import ORIENTATIONS, Crop, SliceSpec
 from spark_dist.distillers import build_distiller
@@ -93,7 +94,8 @@ class Bench:
         """A cache with all batches of a method."""
         crop = (self.o.crop, self.o.crop)
         shapes = probe_targets(distiller, self.taps[1], crop)[1]
-        cache = open_cache(self.folder / "cache", {"method": method}, len(self.table) * ORIENTATIONS, shapes, "float16")
+        layout = CacheLayout(len(self.table) * ORIENTATIONS, shapes, "float16")
+        cache = open_cache(self.folder / "cache", {"method": method}, layout)
         with torch.no_grad():
             for keys in self.batches:
                 batch = to_device(self.read(keys, None), self.dataset(), self.device)

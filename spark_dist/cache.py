@@ -101,7 +101,7 @@ def fill(job: Job, targets: TeacherTargets) -> None:
     so that the entries are the same to the byte.
     """
     o, cache, accelerator = job.options, targets.cache, job.accelerator
-    keys = cache.stored(o.order(job.transfer_table).visited(range(o.epochs_of(job.transfer_table))))
+    keys = cache.layout.stored(o.order(job.transfer_table).visited(range(o.epochs_of(job.transfer_table))))
     keys = keys[np.sort(np.unique(keys, return_index=True)[1])]
     batches = [keys[start : start + o.batch_size] for start in range(0, len(keys), o.batch_size)]
     mine = [b.tolist() for b in batches if cache.missing(b).any()][
@@ -138,11 +138,11 @@ def verify(job: Job, targets: TeacherTargets, count: int) -> None:
     """
     o, cache, accelerator = job.options, targets.cache, job.accelerator
     keys = o.order(job.transfer_table).visited(range(o.epochs_of(job.transfer_table)))
-    there = np.unique(cache.stored(keys)[~cache.missing(keys)])
+    there = np.unique(cache.layout.stored(keys)[~cache.missing(keys)])
     if not len(there):
         raise UserError(f"{cache.folder}: holds no entry yet; fill it with the same command without --verify")
     chosen = np.random.default_rng().permutation(there)[:count]
-    allowed = max(4 * ROUNDING[cache.dtype], 1e-4)
+    allowed = max(4 * ROUNDING[cache.layout.dtype], 1e-4)
     dataset = SliceDataset(job.transfer_table, o.slice_spec, views=o.slice_views)
     worst, wrong, damaged = 0.0, 0, 0
     for key in chosen[accelerator.process_index :: accelerator.num_processes]:
@@ -153,7 +153,7 @@ def verify(job: Job, targets: TeacherTargets, count: int) -> None:
             damaged += 1
             cache.add(batch.keys, again)
             continue
-        rounded = decode({name: as_tensor(x) for name, x in encode(again, cache.dtype).items()})
+        rounded = decode({name: as_tensor(x) for name, x in encode(again, cache.layout.dtype).items()})
         kept = decode(stored.arrays)
         error = max(float((kept[n] - x).abs().max() / x.abs().max().clamp(min=1e-6)) for n, x in rounded.items())
         worst, wrong = max(worst, error), wrong + (error > allowed)

@@ -117,7 +117,7 @@ class SliceDataset(Dataset):
         """Bytes of the arrays of a batch of n slices, at most."""
         arrays = self.arrays(np.result_type(*(self.table.store.cases[name].dtype for name in self.table.cases)))
         if self.cache is not None:
-            arrays |= self.cache.arrays()
+            arrays |= self.cache.layout.arrays()
         return sum(aligned(n * math.prod(shape) * dtype.itemsize) for shape, dtype in arrays.values())
 
 

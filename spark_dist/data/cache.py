@@ -31,7 +31,7 @@ from data_tools.errors import UserError
 from data_tools.location import first_line, kvstore, open_array
 from data_tools.shards import DAMAGE, PendingSlice, SliceReader
 
-from .number_formats import as_tensor, decode, encode, layout, numpy_dtype
+from .number_formats import as_tensor, decode, encode, numpy_dtype, stored_arrays
 from .shared_memory import empty_array
 from .views import ORIENTATIONS
 
@@ -71,31 +71,46 @@ class PendingEntries:
             self.damaged[int(self.keys[n])] = error
 
 
+@dataclass(frozen=True)
+class CacheLayout:
+    """The entries that a cache has room for, and how their targets are stored."""
+
+    size: int
+    """One more than the largest key."""
+    shapes: Mapping[str, Sequence[int]]
+    """Shape of each target of an entry."""
+    dtype: str
+    """Number format of the targets (see `number_formats`)."""
+    canonical: bool = False
+    """One entry for a slice, its first view, which `TeacherTargets` turns into the others; that is not exact."""
+    views: int = ORIENTATIONS
+    """Views of each slice."""
+    orientations: Sequence[int] = tuple(range(ORIENTATIONS))
+    """Those that the views of a canonical cache are."""
+
+    def arrays(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """The arrays of an entry, with their shapes and number formats."""
+        return {
+            name: (shape, numpy_dtype(kind)) for name, (shape, kind) in stored_arrays(self.shapes, self.dtype).items()
+        }
+
+    def stored(self, keys: np.ndarray) -> np.ndarray:
+        """The keys of the entries that hold what samples with these keys need."""
+        return keys // self.views * self.views if self.canonical else keys
+
+    def turns(self, keys: np.ndarray) -> np.ndarray:
+        """The orientations of samples, where their views are orientations (see `Views.of`)."""
+        return np.asarray(self.orientations)[keys % self.views % len(self.orientations)]
+
+
 class TeacherCache:
     """The entries under one folder. Handles are opened where they are used, so that it can be sent to workers."""
 
-    def __init__(
-        self,
-        folder: Path,
-        size: int,
-        shapes: Mapping[str, Sequence[int]],
-        dtype: str,
-        canonical: bool = False,
-        memory: int = 0,
-        views: int = ORIENTATIONS,
-        orientations: Sequence[int] = tuple(range(ORIENTATIONS)),
-    ):
-        """`size` is one more than the largest key; `shapes` are those of an entry's targets. `canonical` keeps one
-        entry for a slice, the first of its `views`, which `TeacherTargets` turns into those `orientations`; that is not
-        exact. `memory` bytes of decoded entries are kept by TensorStore."""
+    def __init__(self, folder: Path, layout: CacheLayout, memory: int = 0):
+        """`memory` bytes of decoded entries are kept by TensorStore."""
         self.folder = Path(folder)
-        self.size = size
-        self.shapes = dict(shapes)
-        self.dtype = dtype
-        self.canonical = canonical
+        self.layout = layout
         self.memory = memory
-        self.views = views
-        self.orientations = tuple(orientations)
         self.idle = False
         """Nothing is read or written any more; targets are still rounded as if it were."""
         self._reset_handles()
@@ -106,11 +121,11 @@ class TeacherCache:
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": self.memory}}) if self.memory else None
         self._names: list[str] = []
         self._readers: dict[tuple[str, str], SliceReader] = {}
-        self._segment = np.full(self.size, -1, np.int32)
-        self._row = np.zeros(self.size, np.int32)
+        self._segment = np.full(self.layout.size, -1, np.int32)
+        self._row = np.zeros(self.layout.size, np.int32)
         self._changed = -1
         self._lock = threading.Lock()
-        self._waiting = np.zeros(self.size, bool)
+        self._waiting = np.zeros(self.layout.size, bool)
         self._pending: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -119,18 +134,6 @@ class TeacherCache:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._reset_handles()
-
-    def arrays(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """The arrays of an entry, with their shapes and number formats."""
-        return {name: (shape, numpy_dtype(kind)) for name, (shape, kind) in layout(self.shapes, self.dtype).items()}
-
-    def stored(self, keys: np.ndarray) -> np.ndarray:
-        """The keys of the entries that hold what samples with these keys need."""
-        return keys // self.views * self.views if self.canonical else keys
-
-    def turns(self, keys: np.ndarray) -> np.ndarray:
-        """The orientations of samples, where their views are orientations (see `Views.of`)."""
-        return np.asarray(self.orientations)[keys % self.views % len(self.orientations)]
 
     def refresh(self) -> None:
         """Learn of segments that this or another process has completed."""
@@ -158,12 +161,12 @@ class TeacherCache:
             return None
         if self._process != os.getpid():
             self._reset_handles()
-        stored = self.stored(keys)
+        stored = self.layout.stored(keys)
         if (self._segment[stored] < 0).any():
             self.refresh()
         if (self._segment[stored] < 0).any():
             return None
-        kinds, reads, damaged = self.arrays(), [], {}
+        kinds, reads, damaged = self.layout.arrays(), [], {}
         for key in stored.tolist():
             segment, row = self._names[self._segment[key]], int(self._row[key])
             try:
@@ -208,7 +211,7 @@ class TeacherCache:
     def add(self, keys: np.ndarray, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Keep the targets of the entries `keys`, and return them as reading them back would: rounded to the cache's
         number format, so that it makes no difference to training whether an entry was already there."""
-        arrays = encode(targets, self.dtype)
+        arrays = encode(targets, self.layout.dtype)
         new = np.flatnonzero((self._segment[keys] < 0) & ~self._waiting[keys])
         if not self.full and not self.idle and len(new):
             self._waiting[keys[new]] = True
@@ -241,7 +244,7 @@ class TeacherCache:
     def missing(self, keys: np.ndarray) -> np.ndarray:
         """Which of the samples (N,) have no entry yet."""
         self.refresh()
-        return self._segment[self.stored(keys)] < 0
+        return self._segment[self.layout.stored(keys)] < 0
 
     def entries(self) -> int:
         """How many entries can be read."""

@@ -23,7 +23,7 @@ ROUNDING = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 2**-24, "int8": 0.5
 """The largest rounding error: of a value relative to itself, and for int8 to the largest value of its channel."""
 
 
-def layout(shapes: Mapping[str, Sequence[int]], dtype: str) -> dict[str, tuple[tuple[int, ...], str]]:
+def stored_arrays(shapes: Mapping[str, Sequence[int]], dtype: str) -> dict[str, tuple[tuple[int, ...], str]]:
     """The arrays that hold targets of these shapes a sample: name → (shape a sample, number format)."""
     arrays = {}
     for name, shape in shapes.items():
@@ -46,7 +46,7 @@ def channels(shape: Sequence[int]) -> tuple[int, ...]:
 
 def entry_bytes(shapes: Mapping[str, Sequence[int]], dtype: str) -> int:
     """Bytes of one entry, uncompressed."""
-    return sum(math.prod(shape) * numpy_dtype(kind).itemsize for shape, kind in layout(shapes, dtype).values())
+    return sum(math.prod(shape) * numpy_dtype(kind).itemsize for shape, kind in stored_arrays(shapes, dtype).values())
 
 
 def numpy_dtype(name: str) -> np.dtype:
@@ -54,7 +54,7 @@ def numpy_dtype(name: str) -> np.dtype:
 
 
 def encode(targets: Mapping[str, Tensor], dtype: str) -> dict[str, np.ndarray]:
-    """Targets (N, …) as the arrays that are stored (see `layout`)."""
+    """Targets (N, …) as the arrays that are stored (see `stored_arrays`)."""
     arrays = {}
     for name, x in targets.items():
         x, kind = x.detach().float(), stored_dtype(name, x.shape[1:], dtype)

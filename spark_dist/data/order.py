@@ -141,7 +141,9 @@ class EpochSampler:
                 f"of {world} processes without a slice{kind}; use fewer processes or a larger --batch-size"
             )
         self.epoch = 0
+        """The epoch whose batches come next."""
         self.start = 0
+        """Its first batch, for a run that goes on in the middle."""
 
     @property
     def largest_share(self) -> int:
@@ -168,10 +170,18 @@ class EpochSampler:
                 yield np.concatenate([np.array_split(part, self.world)[self.rank] for part in parts]).tolist()
 
     def weight(self, part: int) -> float:
-        """The factor on this process's mean loss over a part, with which the average over processes and over the
-        batch's parts is the mean over the global batch. Parts are counted through the epoch."""
-        step, place = divmod(part, self.accumulate)
-        sizes = self.order.sizes(step)
-        parts = [size // self.accumulate + (place < size % self.accumulate) for size in sizes]
-        share = sum(size // self.world + (self.rank < size % self.world) for size in parts)
-        return share * self.world * self.accumulate / sum(sizes)
+        """The factor on this process's mean loss over a part, parts being counted through the epoch.
+
+        With it, the average over the processes and over the parts of a batch is the mean over the batch's slices: a
+        mean over `share` of `batch` slices stands for share / batch of them, and averaging divides by the number of
+        shares.
+        """
+        step, position = divmod(part, self.accumulate)
+        kinds = self.order.sizes(step)
+        share = sum(split_size(split_size(size, self.accumulate, position), self.world, self.rank) for size in kinds)
+        return share * self.world * self.accumulate / sum(kinds)
+
+
+def split_size(items: int, parts: int, position: int) -> int:
+    """How many of `items` the part at `position` has after `np.array_split`, which gives the remainder to the first."""
+    return items // parts + (position < items % parts)

@@ -113,11 +113,10 @@ def case_metrics(
     prediction: np.ndarray,
     ground_truth: np.ndarray,
     spacing: Sequence[float],
-    distances: bool = True,
     labelled: np.ndarray | None = None,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = TOLERANCE,
 ) -> dict[str, float]:
-    """All metrics of a case; those of surfaces only with `distances`, `tolerance` (mm) being that of the surface Dice.
+    """All metrics of a case; without a `tolerance` (mm) for the surface Dice, all but those of surfaces.
 
     `labelled` is the prediction for the protocol `labelled-slices`, where it differs.
     """
@@ -126,7 +125,7 @@ def case_metrics(
     overlap = {"dice": dice, "voe": voe, "rvd": rvd}
     result = {name: metric(counts.sum(axis=0)) for name, metric in overlap.items()}
     result["false_positive_ml"] = false_positive_ml(counts, spacing)
-    if distances:
+    if tolerance is not None:
         between = between_surfaces(prediction, ground_truth, spacing)
         result |= surface_distances(*between) | {"surface_dice": surface_dice(*between, tolerance)}
     return result | {f"{name}_labelled": metric(shown.sum(axis=0)) for name, metric in overlap.items()}

@@ -1,7 +1,7 @@
 """The name of a teacher cache: a hash of everything that its entries follow from."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from data_tools.ownership import fingerprint, mark
-from spark_dist.data.cache import TeacherCache
+from spark_dist.data.cache import CacheLayout, TeacherCache
 from spark_dist.distillers.base import Distiller
 from spark_dist.networks.base import NetworkOutput, Taps
 
@@ -50,20 +50,13 @@ def probe_targets(
     return digest.hexdigest()[:16], {name: list(values.shape[1:]) for name, values in targets.items()}
 
 
-def open_cache(
-    root: Path,
-    description: Mapping[str, Any],
-    size: int,
-    shapes: Mapping[str, Sequence[int]],
-    dtype: str,
-    **settings: Any,
-) -> TeacherCache:
+def open_cache(root: Path, description: Mapping[str, Any], layout: CacheLayout, memory: int = 0) -> TeacherCache:
     """The cache that belongs to a description, made if it is not there. Opening it counts as its use."""
     facts = {"version": VERSION, **description}
     folder = Path(root).resolve() / fingerprint(facts)  # TensorStore takes no path with `..`
     # The mark first: a folder that bears none is nobody's, and is never removed.
     mark(folder, "cache", **facts)
     (folder / "segments").mkdir(exist_ok=True)
-    cache = TeacherCache(folder, size, shapes, dtype, **settings)
+    cache = TeacherCache(folder, layout, memory)
     cache.refresh()
     return cache

@@ -49,7 +49,7 @@ class TeacherTargets:
 
     def targets(self, batch: Batch) -> dict[str, Tensor]:
         """The targets of a batch, the prediction included."""
-        turns = self.cache.turns(batch.keys) if self.cache is not None and self.cache.canonical else None
+        turns = self.cache.layout.turns(batch.keys) if self.cache is not None and self.cache.layout.canonical else None
         if batch.targets is not None:
             self.hits += len(batch.keys)
             targets = decode(batch.targets)
@@ -62,7 +62,7 @@ class TeacherTargets:
             targets = self.compute(image, mask, batch.known)
             if self.cache is not None:
                 self.cache.mark_missing(batch.damaged)
-                targets = self.cache.add(self.cache.stored(batch.keys), targets)
+                targets = self.cache.add(self.cache.layout.stored(batch.keys), targets)
         if turns is None:
             return targets
         return {name: orient_batch(x, turns) if x.ndim > 2 else x for name, x in targets.items()}

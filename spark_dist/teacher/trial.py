@@ -41,9 +41,7 @@ def try_cache(targets: TeacherTargets, cache: TeacherCache, batch: Batch) -> Tri
 
     device = batch.image.device
     aside = cache.folder / f"trial-{uuid.uuid4().hex[:8]}.tmp"
-    trial = TeacherCache(
-        aside, cache.size, cache.shapes, cache.dtype, cache.canonical, cache.memory, cache.views, cache.orientations
-    )
+    trial = TeacherCache(aside, cache.layout, cache.memory)
     exact = targets.compute(batch.image, batch.mask, batch.known)
     again = TeacherTargets(targets.teacher, targets.distiller, trial, targets.autocast, targets.predicts)
     given = again.targets(batch)

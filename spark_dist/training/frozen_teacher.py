@@ -12,7 +12,7 @@ from data_tools.files import write_text
 from data_tools.ownership import owned, remove_owned
 from data_tools.report import bytes_text
 from spark_dist.data.batches import SliceDataset, to_device
-from spark_dist.data.cache import TeacherCache
+from spark_dist.data.cache import CacheLayout, TeacherCache
 from spark_dist.data.number_formats import PREDICTION, entry_bytes
 from spark_dist.distillers import build_distiller
 from spark_dist.distillers.base import Distiller
@@ -84,14 +84,9 @@ def matching_cache(job: Job, targets: TeacherTargets, card: ModelCard) -> Teache
         "dtype": o.cache_dtype,
         "mixed_precision": job.accelerator.mixed_precision,
     }
-    size = len(table) * views.count
-    settings = {
-        "canonical": o.cache == "canonical",
-        "memory": o.cache_memory * 2**20,
-        "views": views.count,
-        "orientations": views.orientations,
-    }
-    cache = open_cache(o.cache_folder, description, size, shapes, o.cache_dtype, **settings)
+    size, canonical = len(table) * views.count, o.cache == "canonical"
+    layout = CacheLayout(size, shapes, o.cache_dtype, canonical, views.count, views.orientations)
+    cache = open_cache(o.cache_folder, description, layout, o.cache_memory * 2**20)
     job.accelerator.wait_for_everyone()
     return cache
 
@@ -102,16 +97,16 @@ def choose_cache(job: Job, targets: TeacherTargets, cache: TeacherCache, epochs:
     """
     o, accelerator, device = job.options, job.accelerator, job.accelerator.device
     order, table = o.order(job.transfer_table), job.transfer_table
-    keys = np.array([row * cache.views + (row + 1) % cache.views for row in range(min(4, len(table)))])
+    keys = np.array([row * cache.layout.views + (row + 1) % cache.layout.views for row in range(min(4, len(table)))])
     dataset = SliceDataset(table, o.slice_spec, views=o.slice_views)
     batch = to_device(dataset.__getitems__(keys), dataset, device)
     found = try_cache(targets, cache, batch)
     forward, read = accelerator.reduce(torch.tensor([found.forward, found.read], device=device), "mean").tolist()
 
-    planned = np.unique(cache.stored(order.visited(epochs)))
+    planned = np.unique(cache.layout.stored(order.visited(epochs)))
     missing = int(cache.missing(planned).sum())
     seen = sum(stream.each_epoch for stream in order.streams) * len(epochs)
-    needed = missing * entry_bytes(cache.shapes, cache.dtype)
+    needed = missing * entry_bytes(cache.layout.shapes, cache.layout.dtype)
     free = shutil.disk_usage(cache.folder).free
     live, cached = seen * forward, missing * forward + (seen - missing) * read
     job.say(
@@ -120,8 +115,8 @@ def choose_cache(job: Job, targets: TeacherTargets, cache: TeacherCache, epochs:
         f"compression, {bytes_text(free)} free; a slice takes {1000 * forward:.1f} ms by the teacher, "
         f"{1000 * read:.1f} ms to read: {cached / 60:.1f} instead of {live / 60:.1f} minutes in {len(epochs)} epochs"
     )
-    if cache.dtype == "int8" or cache.canonical:
-        what = "turned features" if cache.canonical else "int8"
+    if cache.layout.dtype == "int8" or cache.layout.canonical:
+        what = "turned features" if cache.layout.canonical else "int8"
         errors = ", ".join(f"{name} {error:.2%}" for name, error in found.error.items())
         job.say(f"{what}: approximate, by (root mean square, relative) {errors}")
     if needed > free:

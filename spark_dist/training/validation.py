@@ -26,7 +26,7 @@ def validation(job: Job) -> Validate:
 
     def validate(network: nn.Module) -> dict[str, float]:
         spec = job.options.slice_spec
-        metrics = evaluate_cases(job.accelerator, network, job.store, cases, spec, distances=False)
+        metrics = evaluate_cases(job.accelerator, network, job.store, cases, spec, tolerance=None)
         return {f"val/{key}": s["mean"] for key, s in summaries(metrics).items() if key.startswith("dice")}
 
     return validate

@@ -203,14 +203,14 @@ def test_the_two_protocols_differ_in_slices_without_the_target():
     ground_truth[1, :2] = True
     prediction = ground_truth.copy()
     prediction[2] = True
-    metrics = case_metrics(prediction, ground_truth, (1, 1, 1), distances=False)
+    metrics = case_metrics(prediction, ground_truth, (1, 1, 1), tolerance=None)
     assert metrics["dice_labelled"] == 1
     assert metrics["dice"] == pytest.approx(2 * 8 / (24 + 8))
 
 
 def test_the_original_protocol_may_have_a_prediction_of_its_own():
     ground_truth = np.ones((1, 4, 4), bool)
-    metrics = case_metrics(np.zeros_like(ground_truth), ground_truth, (1, 1, 1), distances=False, labelled=ground_truth)
+    metrics = case_metrics(np.zeros_like(ground_truth), ground_truth, (1, 1, 1), tolerance=None, labelled=ground_truth)
     assert (metrics["dice"], metrics["dice_labelled"]) == (0, 1)
     assert "hd" not in metrics
 

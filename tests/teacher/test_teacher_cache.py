@@ -8,9 +8,9 @@ from data_tools.ownership import fingerprint
 from data_tools.store import open_store
 from spark_dist.data.augmentation import Views
 from spark_dist.data.batches import SliceDataset, to_device
-from spark_dist.data.cache import TeacherCache
+from spark_dist.data.cache import CacheLayout, TeacherCache
 from spark_dist.data.loader import training_loader
-from spark_dist.data.number_formats import DTYPES, ROUNDING, as_tensor, decode, encode, entry_bytes, layout
+from spark_dist.data.number_formats import DTYPES, ROUNDING, as_tensor, decode, encode, entry_bytes, stored_arrays
 from spark_dist.data.order import EpochSampler, Order
 from spark_dist.data.slices import slice_table
 from spark_dist.data.views import ORIENTATIONS, Crop, SliceSpec, orient_batch, upright_batch
@@ -24,7 +24,7 @@ SHAPES = {"a": (4, 5), "b": (2,)}
 
 
 def filled(folder, keys=(3, 9, 10), dtype="float32", size=64):
-    cache = TeacherCache(folder, size, SHAPES, dtype)
+    cache = TeacherCache(folder, CacheLayout(size, SHAPES, dtype))
     values = {"a": torch.randn(len(keys), 4, 5), "b": torch.randn(len(keys), 2)}
     cache.add(np.array(keys), values)
     cache.flush()
@@ -37,7 +37,7 @@ def read(cache, keys):
 
 def test_entries_come_back_in_the_order_asked_for(tmp_path):
     _, values = filled(tmp_path)
-    found = read(TeacherCache(tmp_path, 64, SHAPES, "float32"), [10, 3])
+    found = read(TeacherCache(tmp_path, CacheLayout(64, SHAPES, "float32")), [10, 3])
     assert torch.equal(found["a"], values["a"][[2, 0]])
     assert torch.equal(found["b"], values["b"][[2, 0]])
 
@@ -49,7 +49,7 @@ def test_a_batch_with_a_missing_entry_is_not_read(tmp_path):
 
 
 def test_adding_rounds_as_reading_back_does(tmp_path):
-    cache = TeacherCache(tmp_path, 8, {"a": (30,)}, "float16")
+    cache = TeacherCache(tmp_path, CacheLayout(8, {"a": (30,)}, "float16"))
     value = torch.randn(2, 30)
     given = cache.add(np.array([0, 1]), {"a": value})["a"]
     cache.flush()
@@ -76,7 +76,7 @@ def test_a_half_written_segment_is_not_seen(tmp_path):
     filled(tmp_path)
     segment = next((tmp_path / "segments").iterdir())
     segment.rename(segment.with_suffix(".tmp"))
-    assert TeacherCache(tmp_path, 64, SHAPES, "float32").entries() == 0
+    assert TeacherCache(tmp_path, CacheLayout(64, SHAPES, "float32")).entries() == 0
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
@@ -91,7 +91,7 @@ def test_damage_is_found_and_never_read(tmp_path, damage, caplog):
         shard.write_bytes(data[: len(data) // 2])
     else:
         shard.unlink()
-    cache = TeacherCache(tmp_path, 64, SHAPES, "float32")
+    cache = TeacherCache(tmp_path, CacheLayout(64, SHAPES, "float32"))
     found = cache.read(np.array([3, 9, 10]))
     assert found.arrays is None
     assert found.damaged == ((3,) if damage == "flip" else (3, 9, 10))
@@ -99,7 +99,7 @@ def test_damage_is_found_and_never_read(tmp_path, damage, caplog):
     again = {"a": torch.ones(3, 4, 5), "b": torch.ones(3, 2)}
     cache.add(np.array([3, 9, 10]), again)
     cache.flush()
-    for reader in (cache, TeacherCache(tmp_path, 64, SHAPES, "float32")):
+    for reader in (cache, TeacherCache(tmp_path, CacheLayout(64, SHAPES, "float32"))):
         assert torch.equal(read(reader, [3])["a"], again["a"][:1])
 
 
@@ -107,12 +107,12 @@ def test_damaged_keys_leave_a_segment_out(tmp_path, caplog):
     filled(tmp_path)
     shard = next((tmp_path / "segments").glob("*/keys/c/0"))
     shard.write_bytes(shard.read_bytes()[:-3])
-    assert TeacherCache(tmp_path, 64, SHAPES, "float32").entries() == 0
+    assert TeacherCache(tmp_path, CacheLayout(64, SHAPES, "float32")).entries() == 0
     assert "left out" in caplog.text
 
 
 def test_a_full_disk_ends_caching_and_not_training(tmp_path, caplog):
-    cache = TeacherCache(tmp_path, 8, {"a": (2,)}, "float32")
+    cache = TeacherCache(tmp_path, CacheLayout(8, {"a": (2,)}, "float32"))
     (tmp_path / "segments").write_text("a file where a folder is wanted")
     cache.add(np.array([0]), {"a": torch.zeros(1, 2)})
     cache.flush()
@@ -161,7 +161,7 @@ def test_cached_losses_equal_live_ones_in_all_orientations(tiny_store, tmp_path,
         return {name: term.item() for name, term in terms.items()}, targets
 
     live, _ = losses(None)
-    cache = open_cache(tmp_path, {"method": method}, size, shapes, dtype)
+    cache = open_cache(tmp_path, {"method": method}, CacheLayout(size, shapes, dtype))
     filling, targets = losses(cache)
     assert targets.forwards == len(keys)
     targets.flush()
@@ -200,7 +200,7 @@ def test_canonical_targets_are_those_of_the_upright_slice_turned(tiny_store, tmp
     teacher = build_network("unet", width=0.05).eval()
     distiller = build_distiller("spark", student=network.taps, teacher=teacher.taps)
     shapes = probe_targets(distiller, teacher.taps, (32, 32))[1]
-    cache = open_cache(tmp_path, {}, len(table) * ORIENTATIONS, shapes, "float32", canonical=True)
+    cache = open_cache(tmp_path, {}, CacheLayout(len(table) * ORIENTATIONS, shapes, "float32", canonical=True))
     targets, live = (TeacherTargets(teacher, distiller, c, nullcontext) for c in (cache, None))
 
     def batch(turns, cached=None):
@@ -211,7 +211,7 @@ def test_canonical_targets_are_those_of_the_upright_slice_turned(tiny_store, tmp
     _, upright = live(batch(0))
     _, first = targets(batch(np.array([1, 3, 4, 6])))
     targets.flush()
-    assert sorted(np.flatnonzero(~cache.missing(np.arange(cache.size)))) == list(range(4 * ORIENTATIONS))
+    assert sorted(np.flatnonzero(~cache.missing(np.arange(cache.layout.size)))) == list(range(4 * ORIENTATIONS))
     assert cache.entries() == 4
     _, second = targets(batch(np.array([1, 3, 4, 6]), cache))
     assert (targets.forwards, targets.hits) == (4, 4)
@@ -228,7 +228,7 @@ def test_a_worker_hands_over_entries_in_its_blocks(tiny_store, tmp_path, dtype, 
     table = slice_table(open_store(tiny_store), "default", "train", "organ")
     values = {"a": torch.randn(len(table), 3, 8, 5), "b": torch.randn(len(table), 20), "c": torch.randn(len(table))}
     shapes = {name: x.shape[1:] for name, x in values.items()}
-    cache = TeacherCache(tmp_path, len(table), shapes, dtype, memory=memory, views=1)
+    cache = TeacherCache(tmp_path, CacheLayout(len(table), shapes, dtype, views=1), memory)
     expected = cache.add(np.arange(len(table)), values)
     cache.flush()
     loader = training_loader(
@@ -248,7 +248,7 @@ def test_formats_round_as_little_as_they_say(dtype):
     targets["map"][:, 3] = 0
     arrays = encode(targets, dtype)
     shapes = {name: x.shape[1:] for name, x in targets.items()}
-    assert {name: (a.shape[1:], str(a.dtype)) for name, a in arrays.items()} == layout(shapes, dtype)
+    assert {name: (a.shape[1:], str(a.dtype)) for name, a in arrays.items()} == stored_arrays(shapes, dtype)
     assert sum(a[0].nbytes for a in arrays.values()) == entry_bytes(shapes, dtype)
     back = decode({name: as_tensor(a) for name, a in arrays.items()})
     assert torch.equal(back["few"], targets["few"])
