@@ -65,7 +65,7 @@ def folder(jobs, tiny_store, tmp_path_factory):
     options = ("--dataset", "tiny.zarr", "--task", "organ", "--crop", 32, "--crop-shift", "[0,0]", "--epochs", 1)
     codes, log = jobs("train", *options, "--network", "enet", "--width", 0.25, "--out", "job", folder=folder)
     assert codes == [0], log
-    shutil.copy(folder / "job" / "student" / "best.safetensors", folder)
+    shutil.copy(folder / "job" / "network" / "best.safetensors", folder)
     whole = open_store(folder / "tiny.zarr").splits["default"]
     write_split(folder / "tiny.zarr", "short", whole | {"test": whole["test"][:1]})
     (folder / "grid.yaml").write_text("seed: [1, 2]\nmethod: [kd, spark]\n")

@@ -145,7 +145,7 @@ def slurm(shared):
 
 
 def logs(folder):
-    return "\n".join(f"== {path.name}\n{path.read_text()[-3000:]}" for path in sorted(folder.glob("*.log")))
+    return "\n".join(f"== {path.name}\n{path.read_text()}" for path in sorted(folder.glob("*.log")))
 
 
 @pytest.fixture(scope="module")

@@ -127,7 +127,7 @@ def store(tmp_path, monkeypatch):
 
 
 def logged(store, folder, run, finished=True, experiment="kits-organ", data="a hash", **changed):
-    """Log a job of one stage as a training job does, with its tags or `changed` ones; without `data`, as one did before."""
+    """Log a job of one stage as a training job does, with its tags or `changed` ones, or without `data` as of old."""
     tags = ({"teacher": run.teacher} if run.teacher else {}) | ({"data": data} if data else {})
     parent = open_run(store, experiment, folder.name, folder, tags, {})
     keys = ("dataset", "task", "split", "width", "role", "network", "method", "seed", "parameters")

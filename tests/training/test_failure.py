@@ -51,7 +51,7 @@ def wait_for(path, pattern, launcher):
 def test_a_dead_process_ends_the_job_and_is_named_and_the_same_command_goes_on(tiny_store, tmp_path):
     command = ("--dataset", tiny_store, *SMALL, "--epochs", 20, "--out", "job")
     launcher = start(tmp_path, *command)
-    states = tmp_path / "job" / "student" / "checkpoints"
+    states = tmp_path / "job" / "network" / "checkpoints"
     wait_for(states, "step-*.pt", launcher)
     kill_rank(launcher, 1)
     killed = time.monotonic()
@@ -63,14 +63,14 @@ def test_a_dead_process_ends_the_job_and_is_named_and_the_same_command_goes_on(t
 
     launcher = start(tmp_path, *command)
     assert launcher.wait(600) == 0, (tmp_path / "output.txt").read_text()
-    assert (tmp_path / "job" / "student" / "test_cases.json").exists()
+    assert (tmp_path / "job" / "network" / "test_cases.json").exists()
 
 
 @pytest.mark.launch
 @pytest.mark.slow
 def test_a_job_restarts_by_itself_as_often_as_processes_die(tiny_store, tmp_path):
     launcher = start(tmp_path, "--dataset", tiny_store, *SMALL, "--epochs", 30, "--out", "job", restarts=2)
-    states = tmp_path / "job" / "student" / "checkpoints"
+    states = tmp_path / "job" / "network" / "checkpoints"
     wait_for(states, "step-*.pt", launcher)
     for rank in (1, 0):
         before = max(states.glob("step-*.pt"))
@@ -79,7 +79,7 @@ def test_a_job_restarts_by_itself_as_often_as_processes_die(tiny_store, tmp_path
             time.sleep(0.01)
         kill_rank(launcher, rank)
     assert launcher.wait(600) == 0, (tmp_path / "output.txt").read_text()
-    assert (tmp_path / "job" / "student" / "test_cases.json").exists()
+    assert (tmp_path / "job" / "network" / "test_cases.json").exists()
 
 
 @pytest.mark.launch
@@ -88,7 +88,7 @@ def test_a_job_restarts_by_itself_as_often_as_processes_die(tiny_store, tmp_path
 def test_processes_end_with_their_launcher_and_the_same_command_takes_over(jobs, tiny_store, tmp_path, processes):
     command = ("--dataset", tiny_store, *SMALL, "--epochs", 12, "--out", "job")
     launcher = start(tmp_path, *command, processes=processes)
-    wait_for(tmp_path / "job" / "student" / "checkpoints", "step-*.pt", launcher)
+    wait_for(tmp_path / "job" / "network" / "checkpoints", "step-*.pt", launcher)
     children = psutil.Process(launcher.pid).children(recursive=True)
     ranks = [child for child in children if "spark_dist.train" in child.cmdline()]
     assert len(ranks) == processes

@@ -163,12 +163,12 @@ def test_another_teacher_of_the_same_path_is_said(jobs, tiny_store, tmp_path):
         codes, log = jobs("train", "--dataset", tiny_store, *ALONE, "--seed", seed, "--out", f"{seed}", folder=tmp_path)
         assert codes == [0], log
     teacher = tmp_path / "best.safetensors"
-    shutil.copy(tmp_path / "1" / "student" / "best.safetensors", teacher)
+    shutil.copy(tmp_path / "1" / "network" / "best.safetensors", teacher)
     command = ("--dataset", tiny_store, *SMALL, "--teacher", "enet", "--teacher-checkpoint", teacher, "--out", "job")
     command += ("--student-width", 0.25, "--method", "kd")
     codes, log = jobs("distill", *command, folder=tmp_path, place="step", n=3, **KILL)
     assert codes == KILLED, log
-    shutil.copy(tmp_path / "2" / "student" / "best.safetensors", teacher)
+    shutil.copy(tmp_path / "2" / "network" / "best.safetensors", teacher)
     before = all_files(tmp_path / "job")
     codes, log = jobs("distill", *command, folder=tmp_path)
     assert codes == [2]
