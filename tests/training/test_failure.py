@@ -99,7 +99,7 @@ def test_processes_end_with_their_launcher_and_the_same_command_takes_over(jobs,
     assert codes == [0] * processes, log
     logged = [
         (key, event["step"])
-        for _, event in read_journal(tmp_path / "job" / "student")
+        for _, event in read_journal(tmp_path / "job" / "network")
         for key in event.get("metrics", ())
         if not key.startswith("system/")
     ]
