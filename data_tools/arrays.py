@@ -57,7 +57,7 @@ def in_rows(voxels: np.ndarray) -> np.ndarray:
 
 
 def shuffle_of(voxels: np.ndarray) -> str:
-    """How slices (Z, H, W) are shuffled before lz4.
+    """Shuffle of slices (Z, H, W) before lz4.
 
     A CT's bits take a tenth less than its bytes. Only multiples of eight voxels can be shuffled by bits; and labels
     become no smaller by any shuffle, and decode ten times as fast without.

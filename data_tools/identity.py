@@ -1,4 +1,4 @@
-"""Which store a case belongs to, so that one that was copied, renamed or removed by hand is found.
+"""Identity of stores and their cases, so that one that was copied, renamed or removed by hand is found.
 
 A store has an identity among its attributes. Each case's attributes repeat it, as `store`, beside the case's own
 name, as `case`: from the moment in which its folder is made, so that it is the store's even while it is incomplete. The
@@ -36,7 +36,7 @@ def identity_of(path: Path) -> str | None:
 
 
 def mark_of(identity: str | None, name: str) -> dict[str, str]:
-    """What the attributes of a case say from the start."""
+    """Attributes that mark a case as its store's from the start."""
     return {"store": identity, "case": name} if identity else {}
 
 
@@ -75,7 +75,7 @@ def set_known(path: Path, name: str) -> None:
 
 
 def gone(path: Path, name: str) -> str:
-    """What to do about a case whose folder was removed."""
+    """An error's text for a case whose folder was removed, with what to do."""
     return (
         f"{path / 'cases' / name}: the case's folder is gone; put it back, or prepare the case again, or remove "
         f"{path / 'known' / name} too if it shall be gone for good"
@@ -98,7 +98,7 @@ def owns(path: Path, name: str) -> bool:
 
 
 def strangers(folder: Path, ours: Collection[str] = ()) -> Iterator[str]:
-    """What is in a folder beside what is `ours`, parts of files that a kill leaves, and what systems put anywhere."""
+    """Names in a folder beside those that are `ours`, parts of files that a kill leaves, and systems' own files."""
     for path in folder.iterdir() if folder.is_dir() else ():
         part = path.name.endswith(".partial") or (path.name.startswith(".") and path.name.endswith(".tmp"))
         if path.name not in ours and not part and not path.name.startswith((".DS_Store", ".nfs")):

@@ -1,4 +1,4 @@
-"""Where the images and labels of a data set lie."""
+"""Layouts of data sets: where the images and labels lie."""
 
 import glob
 import json
@@ -161,7 +161,7 @@ def dataset_json(root: Path, layout: str) -> dict:
 
 
 def modality(root: Path, layout: str) -> str:
-    """How the images were made, as dataset.json says it: CT, MRI, …; "" where nothing does."""
+    """Modality of the images by dataset.json: CT, MRI, …; "" where nothing does."""
     if layout not in ("msd", "nnunet"):
         return ""
     description = dataset_json(root, layout)

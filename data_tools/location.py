@@ -1,4 +1,4 @@
-"""Where a store lies, and how its arrays are read there."""
+"""Location of a store, and how its arrays are read there."""
 
 import os
 import re

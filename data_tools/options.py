@@ -1,4 +1,4 @@
-"""How volumes become a store, and how that is written on a command line."""
+"""Options of preparation, and how they are written on a command line."""
 
 import argparse
 import math
@@ -21,7 +21,7 @@ LARGEST_SIDE = 8192
 
 @dataclass(frozen=True)
 class Options:
-    """How volumes become a store."""
+    """Options by which volumes become a store."""
 
     store: Path
     labels: dict[str, list[int]]

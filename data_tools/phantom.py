@@ -82,7 +82,7 @@ def phantom(random: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndar
     texture = [t / t.std() for t in texture]
 
     def blob(centre, radii, wobble=0.15, turn=0.0):
-        """Where a wobbly ellipsoid lies: centre and radii in mm (z, y, x), turned in the plane."""
+        """Place of a wobbly ellipsoid: centre and radii in mm (z, y, x), turned in the plane."""
         v, u = y - centre[1], x - centre[2]
         v, u = np.cos(turn) * v - np.sin(turn) * u, np.sin(turn) * v + np.cos(turn) * u
         distance = np.sqrt(((z - centre[0]) / radii[0]) ** 2 + (v / radii[1]) ** 2 + (u / radii[2]) ** 2)

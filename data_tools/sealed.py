@@ -74,6 +74,7 @@ def is_sealed(folder: Path) -> bool:
 
 
 def read_json(file: Path) -> Any:
+    """The content of a JSON file. Raises `UserError` if it can't be read."""
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:

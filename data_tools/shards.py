@@ -147,7 +147,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def slices_per_shard(metadata: dict[str, Any]) -> int:
-    """How many slices a shard of an array has, if this module can read it, else 0."""
+    """Number of slices in a shard of an array, if this module can read it, else 0."""
     shard, codecs = metadata["chunk_grid"]["configuration"]["chunk_shape"], metadata["codecs"]
     if names(codecs) != ["sharding_indexed"]:
         return 0

@@ -148,7 +148,7 @@ def deal(store: Store, sizes: Sequence[int], seed: int) -> list[list[str]]:
 
 
 def split_text(record: Mapping[str, Any]) -> str:
-    """How a split was made and the sizes of its parts, for people."""
+    """A split in words: how it was made and the sizes of its parts."""
     made = dict(record.get("made", {}))
     if "folds" in made:
         how = f"fold {made['fold']} of {made['folds']}, "

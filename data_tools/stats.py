@@ -99,7 +99,7 @@ def groups_of(store: Store) -> dict[str, list[Case]]:
 
 
 def slices_with(cases: Sequence[Case], task: str) -> int:
-    """How many slices have the task's target."""
+    """Number of slices with the task's target."""
     return sum(len(case.task_slices(task)) for case in cases)
 
 

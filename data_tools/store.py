@@ -119,7 +119,7 @@ class Store:
 
     @property
     def identity(self) -> str | None:
-        """What this store and its copies are called and no other is; None if an earlier version made it."""
+        """A name that this store and its copies have and no other has; None if an earlier version made it."""
         return self.attributes.get("identity")
 
     def fingerprint(self) -> str:

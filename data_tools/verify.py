@@ -24,7 +24,7 @@ from .store import Case, read_case, root_attributes
 
 AGAIN = "prepare it again with --replace, if that is what it shall be"
 CONFLICTS = ("changed", "foreign")
-"""What becomes of a case that is sound, and made of other files than it should be."""
+"""Findings of a case that is sound, and made of other files than it should be."""
 
 
 class Job(NamedTuple):
@@ -35,7 +35,7 @@ class Job(NamedTuple):
 
 
 class Repair(NamedTuple):
-    """What is done about what is wrong."""
+    """How far verification mends a store."""
 
     damaged: bool
     """Metadata are restored from their copies, and damaged and missing cases prepared again."""
@@ -75,7 +75,7 @@ def verify(store: Path, root: Path | None, patterns: Sequence[str] | None, repai
 
 
 def check_groups(path: Path, repair: bool) -> dict[str, str]:
-    """What is wrong with the metadata of a store and of its splits, by their files. All of that is there twice.
+    """Faults in the metadata of a store and of its splits, by their files. All metadata are there twice.
 
     With `repair`, what is damaged is restored from its other copy, and said to be restored. Raises `UserError` if there
     is no store at all.
@@ -118,6 +118,7 @@ def find_jobs(store: Path, root: Path | None, patterns: Sequence[str] | None) ->
 
 
 def lost(job: Job, reason: str) -> Result:
+    """The result of a case whose process died."""
     return Result(job.case, "damaged", f"not verified, {reason}")
 
 

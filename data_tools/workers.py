@@ -10,7 +10,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """Signals that ask a job to save its state and end."""
 
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "SLURM_STEP_ID")
-"""What torchrun, accelerate and srun set in the environment of the processes that they start."""
+"""Environment variables that torchrun, accelerate and srun set in the processes that they start."""
 
 
 def cores() -> int:

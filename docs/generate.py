@@ -55,7 +55,7 @@ def methods_table() -> str:
 
 
 def several_classes(method: type) -> str:
-    """What a method's docstring says of several classes."""
+    """A sentence on several classes from a method's docstring."""
     found = re.search(r"Several classes: (.*?)(\n\n|$)", inspect.getdoc(method), re.DOTALL)
     return " ".join(found[1].split()).rstrip(".") if found else "the loss against the truth alone sees classes"
 

@@ -123,5 +123,5 @@ def say_error(text: str) -> None:
 
 
 def module_main(module: str) -> None:
-    """What `python -m` of a command's module runs, before it imports anything else."""
+    """Run a command's module as the program (`python -m`), before anything else is imported."""
     sys.exit(command(module))

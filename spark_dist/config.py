@@ -158,7 +158,7 @@ class TrackingOptions(ServerOptions):
 class TrainingOptions(
     DataOptions, OptimisationOptions, ScheduleOptions, SpeedOptions, CheckpointOptions, TrackingOptions
 ):
-    """What training with and without a teacher have in common."""
+    """Options that training with and without a teacher have in common."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -172,7 +172,7 @@ class TrainingOptions(
 
     @property
     def learning_rates(self) -> tuple[float, float]:
-        """Where the cosine schedule begins and ends."""
+        """Start and end of the cosine schedule."""
         factor = self.batch_size / 16 if self.scale_lr else 1.0
         return self.lr * factor, self.lr_min * factor
 
@@ -188,7 +188,7 @@ class TrainingOptions(
         return Order(table.with_ground_truth, self.batch_size, self.seed, self.slice_views.count, **share)
 
     def epochs_of(self, table: SliceTable) -> int:
-        """How many epochs training on a table has."""
+        """Number of epochs of training on a table."""
         return -(-self.steps // self.order(table).steps) or self.epochs
 
     def validates(self, epoch: int, steps: int) -> bool:
@@ -202,7 +202,7 @@ class TrainingOptions(
         return self.experiment or f"{self.dataset.stem}-{self.task}"
 
     def default_folder(self, name: str) -> Path:
-        """Where a job of this name lies if not told: below runs/, whatever its experiment is called."""
+        """Folder of a job of this name if none is given: below runs/, whatever its experiment is called."""
         return Path("runs", re.sub(r"/|^\.+$", "-", self.experiment_name), name)
 
 
@@ -288,7 +288,7 @@ class DistillOptions(DistillationOptions, TeacherCacheOptions, TrainingOptions):
     """Train a student with a teacher, which is trained first unless its checkpoint is given."""
 
     def teacher_epochs_of(self, table: SliceTable) -> int:
-        """How many epochs the teacher's own training on a table has."""
+        """Number of epochs of the teacher's own training on a table."""
         return -(-self.teacher_steps // self.order(table).steps) or self.teacher_epochs or self.epochs_of(table)
 
     @property

@@ -77,6 +77,7 @@ def train_together(job: Job) -> None:
 
 
 def teacher_stage(job: Job) -> Stage:
+    """The teacher's own training."""
     options = job.options
     return Stage(
         role="teacher",
@@ -88,6 +89,7 @@ def teacher_stage(job: Job) -> Stage:
 
 
 def student_stage(job: Job) -> Stage:
+    """The student's training with its teacher."""
     options = job.options
     return Stage(
         role="student",

@@ -107,7 +107,7 @@ def dice_semimetric(student: Tensor, teacher: Tensor, smooth: float = 1.0) -> Te
 
 
 def segmentation(logits: Tensor, mask: Tensor, known: Tensor | None = None) -> Tensor:
-    """What a network is trained with on the truth: half focal loss (γ = 2), half soft Dice."""
+    """The loss against the truth: half focal loss (γ = 2), half soft Dice."""
     return 0.5 * focal(logits, mask, known) + 0.5 * soft_dice(logits, mask, known)
 
 

@@ -1,4 +1,4 @@
-"""What options are made of: numbers with bounds, and the base class that checks them."""
+"""Types of options: numbers with bounds, and the base class that checks them."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from data_tools.errors import UserError
 
 @dataclass(frozen=True)
 class Bounds:
-    """Which numbers an option takes. Never infinite ones, nor NaN."""
+    """Range of numbers that an option takes: never infinite ones, nor NaN."""
 
     at_least: float = -math.inf
     above: float = -math.inf
@@ -37,7 +37,7 @@ MANY = 10**9
 Count = Annotated[int, Bounds(at_least=1, at_most=MANY)]
 Natural = Annotated[int, Bounds(at_least=0, at_most=MANY)]
 Seed = Annotated[int, Bounds(at_least=0, below=2**32)]
-"""What NumPy, Python and torch all take."""
+"""A seed that NumPy, Python and torch all take."""
 Pixels = Annotated[int, Bounds(at_least=1, at_most=2**14)]
 Offset = Annotated[int, Bounds(at_least=-(2**14), at_most=2**14)]
 Workers = Annotated[int, Bounds(at_least=0, at_most=1024)]

@@ -20,7 +20,7 @@ from .options import Options, flag, shown
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 SWITCHES = {True: "on", False: "off"}
-"""What YAML makes of the words on and off, and back."""
+"""Words that YAML takes for true and false."""
 
 
 def parse(options: type[Options], argv: Sequence[str], program: str) -> Any:
@@ -46,7 +46,7 @@ def parse(options: type[Options], argv: Sequence[str], program: str) -> Any:
 
 
 def option_parser(options: type[Options], program: str) -> ArgumentParser:
-    """What takes the command line of `options` apart, and prints their help in groups."""
+    """The parser of a command line of `options`, with help in groups."""
     parser = DashedParser(
         prog=program,
         exit_on_error=False,
@@ -130,7 +130,7 @@ def in_words(error: Exception, options: type[Options]) -> str:
 
 
 def kind(hint: Any) -> str:
-    """What an option takes, in words."""
+    """The type of an option in words."""
     parts = [part for part in get_args(hint) if part is not type(None)]
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
     if get_origin(hint) is Literal:

@@ -67,6 +67,6 @@ def run(options: ProfileOptions) -> None:
 
 
 def devices() -> list[str]:
-    """Where networks can be measured, the fastest first."""
+    """Devices on which networks can be measured, the fastest first."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return [*(["cuda"] if gpus else []), "cpu", *(f"cuda:{n}" for n in range(gpus))]

@@ -34,6 +34,7 @@ def stored_arrays(shapes: Mapping[str, Sequence[int]], dtype: str) -> dict[str, 
 
 
 def stored_dtype(name: str, shape: Sequence[int], dtype: str) -> str:
+    """The number format in which a target of this shape a sample is stored."""
     if name == PREDICTION:
         return "uint8"
     return "float32" if math.prod(shape) <= FEW else dtype
@@ -50,6 +51,7 @@ def entry_bytes(shapes: Mapping[str, Sequence[int]], dtype: str) -> int:
 
 
 def numpy_dtype(name: str) -> np.dtype:
+    """NumPy's type of a number format, bfloat16 included."""
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
@@ -94,6 +96,7 @@ def as_array(x: Tensor) -> np.ndarray:
 
 
 def as_tensor(x: np.ndarray) -> Tensor:
+    """The way back from `as_array`."""
     if x.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(x)

@@ -42,7 +42,7 @@ def listen_for_stop() -> None:
 
 
 class Pace:
-    """When to save and when to stop; all processes agree on it after a step."""
+    """Time to save and to stop; all processes agree on it after a step."""
 
     def __init__(self, accelerator: Accelerator, minutes: float, steps: int, done: int):
         """A checkpoint is due when the last one, now at step `done`, is `minutes` or `steps` (0: any number) old."""

@@ -1,4 +1,4 @@
-"""What a training job consists of: its folder, its runs in MLflow, and its stages (a teacher's, a student's)."""
+"""A training job: its folder, its runs in MLflow, and its stages (a teacher's, a student's)."""
 
 import subprocess
 from collections.abc import Iterator, Mapping

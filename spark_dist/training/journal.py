@@ -30,7 +30,7 @@ TYPES = {
     "status": str,
 }
 NEEDS = {"id": {"time", "experiment", "name", "parent"}, "metrics": {"time", "step"}, "artifact": {"folder"}}
-"""What an event's entries are, and which go together."""
+"""Entries that an event must have beside another."""
 
 
 def append(folder: Path, event: Mapping[str, Any]) -> None:
@@ -81,7 +81,7 @@ def finished(folder: Path) -> bool:
 
 
 def read_state(folder: Path, uri: str) -> dict[str, Any]:
-    """How far a journal has been sent, as a sender noted it; from its start, if this can't be known."""
+    """State of a journal's sending, as a sender noted it; from its start, if this can't be known."""
     file = folder / "tracking.json"
     start = {"uri": uri, "run_id": None, "experiment_id": None, "sent": 0}
     try:

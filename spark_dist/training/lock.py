@@ -55,7 +55,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def this_process() -> dict[str, Any]:
-    """What tells this process from all others."""
+    """Facts that tell this process from all others."""
     return {
         "host": socket.gethostname(),
         "machine": machine(),
@@ -67,7 +67,7 @@ def this_process() -> dict[str, Any]:
 
 
 def machine() -> str:
-    """Where numbers of processes mean the same as here: a host since its start, or a container on it."""
+    """Name of where numbers of processes mean the same as here: a host since its start, or a container on it."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
@@ -76,7 +76,7 @@ def machine() -> str:
 
 
 def started(pid: int) -> str | None:
-    """When a process of this machine began, in ticks since the machine did; None if it is dead."""
+    """Start of a process of this machine, in ticks since the machine did; None if it is dead."""
     try:
         facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -41,7 +41,7 @@ class Teaching:
 
 @dataclass(frozen=True)
 class StageRun:
-    """How a stage trains its network, for how long, and where its results go."""
+    """Settings of a stage: how its network trains, for how long, and where its results go."""
 
     options: TrainingOptions
     epochs: int

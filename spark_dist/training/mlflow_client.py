@@ -37,8 +37,7 @@ def absolute_uri(uri: str) -> str:
 
 
 def how_to_look(uri: str, state: dict[str, Any]) -> str:
-    """Where a browser shows the runs beside a journal's (see `read_state`), and what starts MLflow's pages of a local
-    database; "" as long as the server has none of it."""
+    """Page with the runs beside a journal's (see `read_state`), and what starts MLflow's pages of a local database; "" as long as the server has none of it."""
     if state["experiment_id"] is None:
         return ""
     uri = re.sub(r"//[^/@]*@", "//", uri)  # a password
@@ -117,7 +116,7 @@ def check_database(file: Path) -> None:
 
 
 def unusable(file: Path, error: Exception) -> UserError | None:
-    """What to do about a database that MLflow can't open, if it is the database's own fault."""
+    """An error that says how to mend a database that MLflow can't open; None if that is not the database's fault."""
     cause: BaseException | None = error
     while cause and not isinstance(cause, sqlite3.Error):
         cause = cause.__cause__ or cause.__context__

@@ -154,7 +154,7 @@ def stage_loader(job: Job, targets: TeacherTargets) -> Prefetcher:
 
 
 def count_cache_use(job: Job, role: str, targets: TeacherTargets) -> dict[str, float]:
-    """How many targets came from the cache and how many from the teacher, over all processes; said, too."""
+    """Count the targets that came from the cache and from the teacher, over all processes; said, too."""
     counts = torch.tensor([targets.hits, targets.forwards, targets.damaged], device=job.accelerator.device)
     hits, forwards, damaged = job.accelerator.reduce(counts).tolist()
     found = f", {damaged} damaged entries" if damaged else ""

@@ -1,4 +1,4 @@
-"""What a job's machine is doing, as MLflow's page of system metrics shows it."""
+"""Load of a job's machine, as MLflow's page of system metrics shows it."""
 
 import os
 from contextlib import suppress

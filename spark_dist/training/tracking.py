@@ -69,7 +69,7 @@ class Tracker:
 
     @property
     def page(self) -> str:
-        """How to open the run's experiment in a browser, once the server has it."""
+        """Page of the run's experiment, and how to open it, once the server has it."""
         return how_to_look(self.sender.uri, self.sender.state)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
@@ -148,7 +148,7 @@ class Sender:
         self.state = read_state(folder, uri)
 
     def left(self) -> int:
-        """How many events are not sent."""
+        """Number of events that are not sent."""
         return sum(1 for _ in read_journal(self.folder, self.state["sent"]))
 
     def send(self) -> bool:
@@ -317,7 +317,7 @@ def journals(folder: Path) -> list[Path]:
 
 
 def page_of(folder: Path, tracking_uri: str) -> str:
-    """How to open the experiment of a folder's jobs in a browser; of the first, if there are several."""
+    """Page of the experiment of a folder's jobs, and how to open it; of the first, if there are several."""
     uri = absolute_uri(tracking_uri)
     return next(filter(None, (how_to_look(uri, read_state(part, uri)) for part in journals(folder))), "")
 
