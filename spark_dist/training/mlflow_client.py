@@ -37,7 +37,8 @@ def absolute_uri(uri: str) -> str:
 
 
 def how_to_look(uri: str, state: dict[str, Any]) -> str:
-    """Page with the runs beside a journal's (see `read_state`), and what starts MLflow's pages of a local database; "" as long as the server has none of it."""
+    """Page with the runs beside a journal's (see `read_state`), and what starts MLflow's pages of a
+    local database; "" as long as the server has none of it."""
     if state["experiment_id"] is None:
         return ""
     uri = re.sub(r"//[^/@]*@", "//", uri)  # a password
