@@ -1,5 +1,5 @@
-"""spark_dist.distill with a small student that has no normalisation and no dropout, whose steps are the same however
-the global batch is shared among processes."""
+"""spark_dist.distill with a small student that has no normalisation and no dropout, and connectors whose batch norms
+keep to their running statistics: steps are the same however the global batch is shared among processes."""
 
 import sys
 
@@ -29,4 +29,5 @@ class WithoutNorm(nn.Module):
 
 
 NETWORKS["without-norm"] = WithoutNorm
+nn.BatchNorm2d.train = lambda norm, mode=True: nn.Module.train(norm, False)
 sys.exit(command("spark_dist.distill"))

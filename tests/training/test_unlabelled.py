@@ -1,18 +1,32 @@
 """A student learns from slices without ground truth, by the teacher's prediction."""
 
+import json
+import shutil
+import signal
+
 import numpy as np
 import pytest
 import torch
+import zarr
+from conftest import model_card
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from data_tools.cli import main as spark_data
 from data_tools.errors import UserError
+from data_tools.store import open_store
 from spark_dist.cli import main
 from spark_dist.data.order import EpochSampler, Order
+from spark_dist.data.views import Crop, SliceSpec
+from spark_dist.networks import build_network
+from spark_dist.networks.checkpoint import save_network
+from spark_dist.training.checkpoint import load_state, newest_state
 
 JOB = ["--task", "organ", "--crop", "32", "--crop-shift", "[0,0]", "--batch-size", "8", "--slices", "all"]
 JOB += ["--augment", "full", "--views", "2", "--student-width", "0.25", "--teacher-width", "0.05", "--lr", "1e-4"]
+SIX_STEPS = ["--steps", "6", "--val-every", "9"]
+CACHED = ["--cache", "on", "--cache-dtype", "float32", "--cache-folder", "cache"]
 
 
 @given(
@@ -68,45 +82,70 @@ def test_each_pass_shows_the_next_view_of_every_slice():
 
 
 @pytest.fixture(scope="module")
-def job(tiny_store, tmp_path_factory):
-    """A store whose split `few` hides labels, and a teacher that was trained on the others; runs distil jobs there."""
+def distil(jobs, tiny_store, tmp_path_factory):
+    """A function that distils on a split whose labels are hidden of two cases, and returns the job's output; a job of
+    the same name goes on."""
     folder = tmp_path_factory.mktemp("unlabelled")
     assert spark_data(["split", str(tiny_store), "--name", "few", "--hide-labels", "2"]) == 0
-    common = [*JOB, "--split", "few", "--tracking-uri", f"sqlite:///{folder}/mlflow.db"]
-    common += ["--cache-folder", str(folder / "cache")]
-    first = [*common, "--dataset", str(tiny_store), "--method", "kd", "--steps", "2", "--out", str(folder / "first")]
-    assert main(["distill", *first]) == 0
-    teacher = ["--teacher-checkpoint", str(folder / "first/teacher/best.safetensors")]
+    torch.manual_seed(0)
+    spec = SliceSpec("organ", Crop((32, 32)))
+    card = model_card(network="unet", width=0.05, spec=spec, trained_on=())
+    save_network(folder / "teacher.safetensors", build_network("unet", width=0.05), card)
+    common = [*JOB, "--split", "few", "--teacher-checkpoint", "../teacher.safetensors", "--unlabelled-share", "0.5"]
+    common += ["--tracking-uri", f"sqlite:///{folder}/mlflow.db", "--log-every", "1", "--checkpoint-steps", "1"]
 
-    def run(name, *options, store=tiny_store):
-        out = ["--dataset", str(store), "--out", str(folder / name)]
-        assert main(["distill", *common, *teacher, *out, "--unlabelled-share", "0.5", *options]) == 0
-        state = sorted((folder / name / "student/checkpoints").glob("step-*.pt"))[-1]
-        model = torch.load(state, weights_only=True)["model"]
-        return {key: x for key, x in model.items() if x.is_floating_point()}
+    def run(name, method, *options, store=tiny_store, command="distill", code=0, **fault):
+        options = ["--dataset", store, "--method", method, "--out", "job", *options]
+        codes, log = jobs(command, *common, *options, folder=folder / name, **fault)
+        assert set(codes) == {code}, log
+        return folder / name / "job" / "student"
 
     return run
 
 
+def last_state(stage):
+    return load_state(newest_state(stage / "checkpoints"))
+
+
+def assert_close(stage, other, **tolerance):
+    weights = last_state(stage)["model"]
+    for name, x in last_state(other)["model"].items():
+        torch.testing.assert_close(weights[name], x, **tolerance)
+
+
+@pytest.fixture(scope="module", params=["soft", "spark"])
+def live(request, distil):
+    """A method, and a student that learned by it from a teacher at every step."""
+    return request.param, distil(f"live-{request.param}", request.param, *SIX_STEPS, "--cache", "off")
+
+
+@pytest.mark.slow
+def test_cached_equals_live_and_killed_equals_undisturbed(live, distil):
+    method, student = live
+    cached = distil(f"cached-{method}", method, *SIX_STEPS, *CACHED)
+    assert_close(cached, student, rtol=1e-4, atol=1e-5)
+    killed = (f"killed-{method}", method, *SIX_STEPS, *CACHED)
+    distil(*killed, place="step", n=5, signal=signal.SIGKILL, code=-signal.SIGKILL)
+    resumed = distil(*killed)
+    assert_close(resumed, cached, rtol=0, atol=0)
+    best = [load_file(folder / "best.safetensors") for folder in (cached, resumed)]
+    assert all(torch.equal(x, best[1][name]) for name, x in best[0].items())
+    cases = [json.loads((folder / "test_cases.json").read_text())["cases"] for folder in (cached, resumed)]
+    assert cases[0] == cases[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["soft", "spark"])
-def test_cached_equals_live(job, method):
-    options = ("--method", method, "--steps", "6", "--cache-dtype", "float32")
-    live = job(f"live-{method}", *options, "--cache", "off")
-    cached = job(f"cached-{method}", *options, "--cache", "on")
-    for name, x in live.items():
-        torch.testing.assert_close(cached[name], x, rtol=1e-4, atol=1e-5)
+def test_two_processes_train_as_one_does(method, distil):
+    options = (method, *SIX_STEPS, "--cache", "off", "--student", "without-norm")
+    one, two = (distil(f"of-{n}-{method}", *options, command="distill_without_norm.py", processes=n) for n in (1, 2))
+    assert_close(two, one, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
-def test_no_hidden_label_reaches_training(job, tiny_store, tmp_path):
+def test_no_hidden_label_reaches_training(live, distil, tiny_store, tmp_path):
     """Labels of the hidden cases are overwritten with what would be noticed, and nothing changes."""
-    import shutil
-
-    import zarr
-
-    from data_tools.store import open_store
-
+    method, student = live
     poisoned = tmp_path / tiny_store.name
     shutil.copytree(tiny_store, poisoned)
     hidden = open_store(poisoned).splits["few"]["unlabelled"]
@@ -114,9 +153,8 @@ def test_no_hidden_label_reaches_training(job, tiny_store, tmp_path):
     for name in hidden:
         label = zarr.open_group(poisoned / "cases" / name)["label"]
         label[:] = np.full(label.shape, 255, np.uint8)
-    options = ("--method", "soft", "--steps", "6", "--cache", "off")
-    clean, other = job("clean", *options), job("poisoned", *options, store=poisoned)
-    assert all(torch.equal(clean[name], other[name]) for name in clean)
+    other = distil(f"poisoned-{method}", method, *SIX_STEPS, "--cache", "off", store=poisoned)
+    assert_close(other, student, rtol=0, atol=0)
 
 
 def test_a_split_without_unlabelled_cases_is_an_error(tiny_store, tmp_path, capsys):
