@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from spark_dist import losses
 from spark_dist.networks.base import NetworkOutput
 
 
@@ -44,3 +45,11 @@ class Distiller(nn.Module):
         between the student and the teacher over all. Where it is not given, all are known.
         """
         raise NotImplementedError
+
+
+class PredictionDistiller(Distiller):
+    """A method that needs nothing of the teacher but its prediction: the differences of its logits, `margin`
+    (N, C − 1, H, W)."""
+
+    def teacher_targets(self, teacher: NetworkOutput, mask: Tensor) -> dict[str, Tensor]:
+        return {"margin": losses.margin(teacher.logits)}

@@ -6,10 +6,10 @@ from torch import Tensor
 from spark_dist import losses
 from spark_dist.networks.base import NetworkOutput, Taps
 
-from .base import Distiller
+from .base import PredictionDistiller
 
 
-class DIST(Distiller):
+class DIST(PredictionDistiller):
     """Huang et al., Knowledge Distillation from a Stronger Teacher, NeurIPS 2022, arXiv 2205.10536.
 
     Here because a light student cannot match the probabilities of a much larger teacher, and need not: it is asked
@@ -36,9 +36,6 @@ class DIST(Distiller):
     ):
         super().__init__()
         self.segmentation, self.intra, self.inter, self.temperature = segmentation, intra, inter, temperature
-
-    def teacher_targets(self, teacher: NetworkOutput, mask: Tensor) -> dict[str, Tensor]:
-        return {"margin": losses.margin(teacher.logits)}
 
     def forward(
         self,

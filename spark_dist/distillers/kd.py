@@ -5,10 +5,10 @@ from torch import Tensor
 from spark_dist import losses
 from spark_dist.networks.base import NetworkOutput, Taps
 
-from .base import Distiller
+from .base import PredictionDistiller
 
 
-class KD(Distiller):
+class KD(PredictionDistiller):
     """Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531.
 
     segmentation · (½ focal + ½ soft Dice) + kl · T² KL(teacher ‖ student), per pixel at temperature T.
@@ -22,9 +22,6 @@ class KD(Distiller):
     ):
         super().__init__()
         self.segmentation, self.kl, self.temperature = segmentation, kl, temperature
-
-    def teacher_targets(self, teacher: NetworkOutput, mask: Tensor) -> dict[str, Tensor]:
-        return {"margin": losses.margin(teacher.logits)}
 
     def forward(
         self,

@@ -5,10 +5,10 @@ from torch import Tensor
 from spark_dist import losses
 from spark_dist.networks.base import NetworkOutput, Taps
 
-from .base import Distiller
+from .base import PredictionDistiller
 
 
-class LSR(Distiller):
+class LSR(PredictionDistiller):
     """Label smoothing regularisation in the form that Yuan et al. (CVPR 2020, arXiv 1909.11723) show it to be: a
     teacher that is the mask itself, at a high temperature, beside a little of the real one.
 
@@ -21,9 +21,6 @@ class LSR(Distiller):
     def __init__(self, student: Taps, teacher: Taps, truth: float = 0.95, kl: float = 0.05, temperature: float = 40.0):
         super().__init__()
         self.truth, self.kl, self.temperature = truth, kl, temperature
-
-    def teacher_targets(self, teacher: NetworkOutput, mask: Tensor) -> dict[str, Tensor]:
-        return {"margin": losses.margin(teacher.logits)}
 
     def forward(
         self,

@@ -5,10 +5,10 @@ from torch import Tensor
 from spark_dist import losses
 from spark_dist.networks.base import NetworkOutput, Taps
 
-from .base import Distiller
+from .base import PredictionDistiller
 
 
-class Soft(Distiller):
+class Soft(PredictionDistiller):
     """The teacher's probabilities as soft labels (Hinton et al., arXiv 1503.02531), by pixel and by overlap.
 
     segmentation · (½ focal + ½ soft Dice) + kl · KL(teacher ‖ student) at temperature 1 + dice · Dice semimetric loss
@@ -24,9 +24,6 @@ class Soft(Distiller):
     def __init__(self, student: Taps, teacher: Taps, segmentation: float = 0.5, kl: float = 0.5, dice: float = 0.5):
         super().__init__()
         self.segmentation, self.kl, self.dice = segmentation, kl, dice
-
-    def teacher_targets(self, teacher: NetworkOutput, mask: Tensor) -> dict[str, Tensor]:
-        return {"margin": losses.margin(teacher.logits)}
 
     def forward(
         self,

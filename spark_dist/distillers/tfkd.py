@@ -6,10 +6,10 @@ from data_tools.errors import UserError
 from spark_dist import losses
 from spark_dist.networks.base import NetworkOutput, Taps
 
-from .base import Distiller
+from .base import PredictionDistiller
 
 
-class TfKD(Distiller):
+class TfKD(PredictionDistiller):
     """Yuan et al., Revisiting Knowledge Distillation via Label Smoothing Regularization, CVPR 2020, arXiv 1909.11723
     (Tf-KD by self-training).
 
@@ -33,9 +33,6 @@ class TfKD(Distiller):
                 "give both the same, or use method 'kd'"
             )
         self.segmentation, self.kl, self.temperature = segmentation, kl, temperature
-
-    def teacher_targets(self, teacher: NetworkOutput, mask: Tensor) -> dict[str, Tensor]:
-        return {"margin": losses.margin(teacher.logits)}
 
     def forward(
         self,
