@@ -106,8 +106,7 @@ def read_header(path: Path, channel: int | None = None, spacing: Sequence[float]
         raise UserError(f"{path}: no such file; put it there, or take the case out")
     with readable(path), unpacked(path) as file:
         start = file.read(nibabel.Nifti2Header.sizeof_hdr)
-        # The header's size tells the format: 540 bytes is NIfTI-2, in either byte order.
-        kind = nibabel.Nifti2Header if start[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else nibabel.Nifti1Header
+        kind = header_kind(start)
         block = start[: kind.sizeof_hdr]
         written, header = kind(block, check=False), kind(block)
         steps = np.array(written["pixdim"][1:4], dtype=float)
@@ -140,6 +139,11 @@ def read_header(path: Path, channel: int | None = None, spacing: Sequence[float]
         lacks_spacing=lacks,
         notes=tuple(header_notes(header, affine, lacks, spacing)),
     )
+
+
+def header_kind(start: bytes) -> type[nibabel.Nifti1Header]:
+    """NIfTI-1 or NIfTI-2 by a header's first bytes: its size, of which 540 bytes is NIfTI-2, in either byte order."""
+    return nibabel.Nifti2Header if start[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else nibabel.Nifti1Header
 
 
 def unit_of(header: nibabel.Nifti1Header) -> tuple[float, str]:

@@ -4,20 +4,52 @@ import glob
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import nibabel
 import numpy as np
-from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
+from nibabel.orientations import apply_orientation, io_orientation
 
 from .errors import UserError
 from .layouts import stem
-from .nifti import Header, read_header, read_voxels, turned_shape, unpacked, write_image
+from .nifti import Header, header_kind, read_header, read_voxels, unpacked, write_image
 from .prepare import resolve_window
-from .store import AXES
-from .volumes import resized, stored_image
+from .volumes import on_grid, resized, stored_image
 
 ENDINGS = (".nii", ".nii.gz")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """How a store prepares images, and a scan that a network shall see as it saw them."""
+
+    kind: Literal["fixed", "percentile"]
+    """What `low` and `high` are: intensities, the same for all scans, or percentiles of each scan's own."""
+    low: float
+    """What becomes −1."""
+    high: float
+    """What becomes 1."""
+    size: tuple[int, int] | None = None
+    """Rows and columns that slices are resampled to; None: as they are."""
+    channel: int | None = None
+    """Which one of several channels in a fourth axis."""
+
+    def __post_init__(self):
+        """Raises `ValueError` for a window without a width, and a size without pixels."""
+        if not -np.inf < self.low < self.high < np.inf:
+            raise ValueError(f"an intensity window from {self.low} to {self.high}")
+        if self.size and min(self.size) < 1:
+            raise ValueError(f"slices of {self.size} pixels")
+
+    @classmethod
+    def of_store(cls, attributes: Mapping[str, Any]) -> "Preparation":
+        """That of a store with these attributes."""
+        size = attributes.get("size")
+        return cls(**attributes["window"], size=size and tuple(size), channel=attributes.get("channel"))
+
+    def window(self, voxels: np.ndarray, path: Path) -> tuple[float, float]:
+        """The intensities of a volume that become −1 and 1. Raises `UserError` for a constant image."""
+        return resolve_window({"kind": self.kind, "low": self.low, "high": self.high}, voxels, path)
 
 
 @dataclass(frozen=True)
@@ -71,36 +103,78 @@ def is_nifti(path: Path) -> bool:
     return path.name.lower().endswith(ENDINGS) and not path.name.startswith(".") and not path.is_dir()
 
 
-def read_scan(path: Path, window: Mapping[str, Any], size: Sequence[int] | None, channel: int | None) -> Scan:
-    """A scan, prepared as a store with this `window` and `size` (rows, columns; None: as they are) holds its cases.
+def read_scan(
+    path: Path, preparation: Preparation, channel: int | None = None, spacing: Sequence[float] | None = None
+) -> Scan:
+    """A scan, prepared as a store holds its cases. `channel` counts rather than the preparation's; `spacing` (mm along
+    the file's axes) where the file does not know its own.
 
     Raises `UserError` for a file that is damaged, no volume or constant.
     """
-    header = read_header(path, channel)
-    voxels, _ = read_voxels(header, stored_image)
-    voxels = resized(voxels, size or voxels.shape[1:], nearest=False)
-    return Scan(path, voxels, resolve_window(window, voxels, path), header)
+    header = read_header(path, preparation.channel if channel is None else channel, spacing)
+    return prepared(read_voxels(header, stored_image)[0], header, preparation)
 
 
-def write_prediction(out: Path, prediction: np.ndarray, scan: Scan) -> None:
-    """A prediction (Z, H, W) for a scan as NIfTI, whole or not at all: on the source's grid, in the source's axes, with
-    the very geometry of its header. A label map (uint8) is resampled to the nearest, probabilities (float) linearly."""
-    header = scan.header
-    back = ornt_transform(axcodes2ornt(AXES), io_orientation(header.affine))
-    plane = turned_shape(header.shape, header.turn)[1:]
-    voxels = apply_orientation(resized(prediction, plane, nearest=prediction.dtype.kind == "u"), back)
+def scan_of(volume: np.ndarray, affine: np.ndarray, preparation: Preparation) -> Scan:
+    """A scan from an array in any axes and its affine (4×4, to RAS+ mm), as `read_scan` would read it from a file.
+
+    Raises `UserError` for what is no volume, or an affine without directions.
+    """
+    volume, affine, name = np.asarray(volume), np.asarray(affine, dtype=float), Path("volume")
+    if volume.ndim != 3 or not volume.size or volume.dtype.kind not in "iufb":
+        raise UserError(f"{name}: an array of {volume.dtype} with shape {volume.shape}; give numbers along three axes")
+    if affine.shape != (4, 4) or not np.isfinite(affine).all() or np.isnan(io_orientation(affine)).any():
+        raise UserError(f"{name}: the affine {affine.round(3).tolist()} gives no direction for each of three axes")
+    header = Header(name, volume.shape, volume.dtype, 0, None, affine, False, ())
+    turned = apply_orientation(volume, header.turn)
+    return prepared(stored_image([turned.reshape(-1)], volume.size, name)[0].reshape(turned.shape), header, preparation)
+
+
+def prepared(voxels: np.ndarray, header: Header, preparation: Preparation) -> Scan:
+    """A scan from its voxels (Z, H, W) as they are in its file."""
+    voxels = resized(voxels, preparation.size or voxels.shape[1:], nearest=False)
+    return Scan(header.path, voxels, preparation.window(voxels, header.path), header)
+
+
+def on_scan_grid(prediction: np.ndarray, scan: Scan, values: Sequence[int] | None = None) -> np.ndarray:
+    """A prediction (Z, H, W) for a scan on the source's grid and axes: classes (integers) by the nearest pixel, and
+    with `values` each as its own; probabilities (float) linearly."""
+    nearest = prediction.dtype.kind in "ui"
+    result = on_grid(prediction, scan.header.shape, scan.header.affine, nearest)
+    if values is None:
+        return result
+    table = np.array(values)
+    return table.astype(np.result_type(*(np.min_scalar_type(value) for value in values)))[result]
+
+
+def write_prediction(
+    out: Path, prediction: np.ndarray, scan: Scan, values: Sequence[int] | None = None, mark: str = ""
+) -> None:
+    """A prediction (Z, H, W) for a scan as NIfTI, whole or not at all: on the source's grid (see `on_scan_grid`), with
+    the very geometry of its header, and a `mark` of up to 79 letters as its description."""
+    voxels = on_scan_grid(prediction, scan, values)
     image = nibabel.Nifti1Image if max(voxels.shape) < 2**15 else nibabel.Nifti2Image
-    geometry = geometry_of(header, image)
+    geometry = geometry_of(scan.header, image)
+    geometry["descrip"] = mark.encode()
     # In the header's own units, which need not be mm.
-    written = image(np.ascontiguousarray(voxels), geometry.get_best_affine(), geometry, dtype=voxels.dtype)
-    write_image(out, written)
+    write_image(out, image(voxels, geometry.get_best_affine(), geometry, dtype=voxels.dtype))
+
+
+def mark_of(path: Path) -> str:
+    """The mark of a prediction that is there already; nothing of a file that has none, or is no NIfTI."""
+    try:
+        with unpacked(path) as file:
+            block = file.read(nibabel.Nifti2Header.sizeof_hdr)
+        return str(header_kind(block)(block[: header_kind(block).sizeof_hdr])["descrip"].item().decode())
+    except Exception:  # nibabel and isal have half a dozen for bad bytes
+        return ""
 
 
 def geometry_of(header: Header, image: type) -> nibabel.Nifti1Header:
     """A header that has a file's sform, qform, spacing and units, to the bit, and nothing else of it."""
     with unpacked(header.path) as file:
         block = file.read(nibabel.Nifti2Header.sizeof_hdr)
-    kind = nibabel.Nifti2Header if block[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else nibabel.Nifti1Header
+    kind = header_kind(block)
     source, made = kind(block[: kind.sizeof_hdr]), image.header_class()
     made.set_data_shape(header.shape)
     fields = ("sform_code", "qform_code", "srow_x", "srow_y", "srow_z", "quatern_b", "quatern_c", "quatern_d")

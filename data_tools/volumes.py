@@ -42,9 +42,14 @@ def resized_affine(affine: np.ndarray, plane: Sequence[int], size: Sequence[int]
 def to_source_grid(array: np.ndarray, case: Case, kind: str = "image", nearest: bool = True) -> np.ndarray:
     """A (Z, H, W) array of a case on the grid of the image, or label, that the case was made of."""
     source = case.source[kind]
-    turn = ornt_transform(io_orientation(np.array(source["affine"])), axcodes2ornt(AXES))
-    back = ornt_transform(axcodes2ornt(AXES), io_orientation(np.array(source["affine"])))
-    return apply_orientation(resized(array, turned_shape(source["shape"], turn)[1:], nearest), back)
+    return on_grid(array, source["shape"], np.array(source["affine"]), nearest)
+
+
+def on_grid(array: np.ndarray, shape: Sequence[int], affine: np.ndarray, nearest: bool) -> np.ndarray:
+    """A (Z, H, W) array in the axes, and with the pixels in its plane, of the volume that it belongs to."""
+    orientation, stored = io_orientation(affine), axcodes2ornt(AXES)
+    plane = turned_shape(shape, ornt_transform(orientation, stored))[1:]
+    return apply_orientation(resized(array, plane, nearest), ornt_transform(stored, orientation))
 
 
 def check_same_grid(image: Header, label: Header) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from data_tools.errors import UserError, unknown_name
 from data_tools.files import write_atomically
+from data_tools.scans import Preparation
 from data_tools.store import TASKS
 from spark_dist.data.views import SliceSpec
 
@@ -42,6 +43,10 @@ class ModelCard:
     """Hashes of the images that it, and a teacher of its, learned from (see `data.identity`); None if not known."""
     spec: SliceSpec
     """How it sees slices."""
+    preparation: Preparation | None = None
+    """How scans are prepared before it sees slices of them; None if an earlier version saved it."""
+    label_values: tuple[int, ...] | None = None
+    """The value of each class but the background in the label files that the store was made of; None as above."""
     epoch: int | None = None
     """Epochs that the weights were trained for."""
     val_dice: float | None = None

@@ -10,7 +10,10 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from data_tools.errors import UserError
+from data_tools.export import source_values
 from data_tools.files import write_text
+from data_tools.scans import Preparation
+from data_tools.store import TASKS, Store
 from spark_dist.config import TrainingOptions
 from spark_dist.data.batches import SliceDataset, support_set
 from spark_dist.data.identity import image_fingerprint
@@ -122,7 +125,14 @@ def model_card(job: Job, stage: Stage) -> ModelCard:
         split=options.split,
         trained_on=trained_on(job),
         spec=options.slice_spec,
+        preparation=Preparation.of_store(job.store.attributes),
+        label_values=label_values(job.store, options.task),
     )
+
+
+def label_values(store: Store, task: str) -> tuple[int, ...]:
+    """The value of a task's target in the label files that a store was made of: its first, where it has several."""
+    return (int(source_values(store.attributes["labels"])[min(TASKS[task])]),)
 
 
 def stage_tracker(job: Job, role: str, card: ModelCard, network: nn.Module) -> AbstractContextManager[Tracker]:

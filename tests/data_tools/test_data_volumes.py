@@ -16,7 +16,7 @@ from data_tools.layouts import Source
 from data_tools.nifti import read_header, read_voxels
 from data_tools.options import Options
 from data_tools.prepare import prepare_case
-from data_tools.scans import read_scan, write_prediction
+from data_tools.scans import Preparation, read_scan, write_prediction
 from data_tools.store import AXES, create_store, open_store
 from data_tools.volumes import stored_image, stored_label, to_source_grid
 
@@ -316,9 +316,7 @@ def test_a_label_that_is_nearly_whole_is_named_as_it_is(tmp_path):
 
 @pytest.mark.parametrize(("units", "factor"), [("meter", 1e-3), ("mm", 1)])
 def test_a_prediction_is_written_in_the_units_of_the_scan(tmp_path, units, factor):
-    scan = read_scan(
-        with_units(tmp_path / "a.nii.gz", units, factor), {"kind": "fixed", "low": 0, "high": 1}, None, None
-    )
+    scan = read_scan(with_units(tmp_path / "a.nii.gz", units, factor), Preparation(kind="fixed", low=0, high=1))
     assert scan.spacing == pytest.approx((2.5, 0.7, 0.8))
     write_prediction(tmp_path / "out.nii.gz", scan.image.astype(np.uint8), scan)
     source, out = (nibabel.load(tmp_path / name) for name in ("a.nii.gz", "out.nii.gz"))
