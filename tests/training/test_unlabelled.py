@@ -1,8 +1,10 @@
 """A student learns from slices without ground truth, by the teacher's prediction."""
 
+import copy
 import json
 import shutil
 import signal
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -15,13 +17,20 @@ from safetensors.torch import load_file
 
 from data_tools.cli import main as spark_data
 from data_tools.errors import UserError
-from data_tools.store import open_store
+from data_tools.store import open_store, write_case
 from spark_dist.cli import main
+from spark_dist.config import DistillOptions
+from spark_dist.data.batches import Batch
 from spark_dist.data.order import EpochSampler, Order
+from spark_dist.data.slices import SliceTable
 from spark_dist.data.views import Crop, SliceSpec
+from spark_dist.distillers import DISTILLERS, build_distiller
 from spark_dist.networks import build_network
 from spark_dist.networks.checkpoint import save_network
+from spark_dist.teacher.targets import TeacherTargets
 from spark_dist.training.checkpoint import load_state, newest_state
+from spark_dist.training.checks import check_shares
+from spark_dist.training.distillation import Distillation
 
 JOB = ["--task", "organ", "--crop", "32", "--crop-shift", "[0,0]", "--batch-size", "8", "--slices", "all"]
 JOB += ["--augment", "full", "--views", "2", "--student-width", "0.25", "--teacher-width", "0.05", "--lr", "1e-4"]
@@ -155,6 +164,69 @@ def test_no_hidden_label_reaches_training(live, distil, tiny_store, tmp_path):
         label[:] = np.full(label.shape, 255, np.uint8)
     other = distil(f"poisoned-{method}", method, *SIX_STEPS, "--cache", "off", store=poisoned)
     assert_close(other, student, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", sorted(DISTILLERS))
+def test_every_method_takes_a_step_with_slices_without_ground_truth(method):
+    """Every parameter gets a gradient from a batch of either kind, and what lies in the masks of the slices without
+    ground truth makes no difference."""
+    torch.manual_seed(0)
+    student, teacher = (build_network("unet", width=0.05) for _ in range(2))
+    image, known = torch.randn(4, 1, 32, 32), torch.tensor([True, True, False, False])
+    target = (image[:, 0] > 0.5).float()
+    found = []
+    for seen in (target, torch.where(known.view(-1, 1, 1), target, 1 - target)):
+        torch.manual_seed(1)
+        distiller = build_distiller(method, student=student.taps, teacher=teacher.taps, samples=4)
+        targets = TeacherTargets(teacher, distiller, None, nullcontext, predicts=True)
+        model = Distillation(copy.deepcopy(student), distiller)
+        mask = torch.stack([1 - seen, seen], dim=1)
+        batch = Batch(image, mask, torch.arange(4), known, np.arange(4), None)
+        terms = model(image, *targets(batch), batch.index, known)
+        sum(terms.values()).backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    assert all(torch.equal(gradient, found[1][name]) for name, gradient in found[0].items())
+
+
+@pytest.mark.parametrize(
+    ("share", "batch_size", "processes", "message"),
+    [
+        (0.9, 8, 2, "leave some of 2 processes without a slice of each kind (--unlabelled-share 0.9)"),
+        (0.05, 16, 2, "leave some of 2 processes without a slice of each kind (--unlabelled-share 0.05)"),
+        (0.99, 8, 1, "batches of 8 would have 0 slices with ground truth and 8 without"),
+    ],
+)
+def test_a_share_that_leaves_out_one_kind_is_an_error(tiny_store, share, batch_size, processes, message):
+    options = DistillOptions(dataset=tiny_store, task="organ", batch_size=batch_size, unlabelled_share=share)
+    table = SliceTable(None, ("case",), np.zeros(40, np.int32), np.arange(40, dtype=np.int32), unlabelled=20)
+    with pytest.raises(UserError) as error:
+        check_shares(options, table, processes)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_a_case_without_label_is_in_no_part_but_unlabelled(tiny_store, tmp_path, capsys, part):
+    bare = tmp_path / "bare.zarr"
+    shutil.copytree(tiny_store, bare)
+    name = open_store(bare).splits["default"][part][0]
+    case = open_store(bare).cases[name]
+    attributes = {"affine": case.affine.tolist(), "spacing": case.spacing, "window": case.window, "source": {}}
+    image = zarr.open_group(bare / "cases" / name, mode="r")["image"][:]
+    write_case(bare, name, image, None, attributes)
+    options = [*JOB, "--dataset", str(bare), "--out", str(tmp_path / "job")]
+    assert main(["distill", *options]) == 2
+    error = capsys.readouterr().err
+    assert f"case '{name}' of the {part} part of split 'default' has lost its label" in error
+    assert error.count("\n") == 1
+    record = open_store(bare).splits["default"]
+    lists = tmp_path / "lists.json"
+    lists.write_text(json.dumps({p: record[p] for p in ("train", "val", "test")}))
+    assert spark_data(["split", str(bare), "--lists", str(lists), "--name", "again"]) == 2
+    assert f"case '{name}' has no labels" in capsys.readouterr().err
+    lists.write_text(json.dumps({p: [n for n in record[p] if n != name] for p in ("train", "val", "test")}))
+    assert spark_data(["split", str(bare), "--lists", str(lists), "--name", "again"]) == 0
+    assert open_store(bare).splits["again"]["unlabelled"] == [name]
 
 
 def test_a_split_without_unlabelled_cases_is_an_error(tiny_store, tmp_path, capsys):
