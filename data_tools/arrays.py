@@ -5,20 +5,20 @@ import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 
-LABELS = ("background", "organ", "tumour")
 SHARD_SLICES = 64
 
 
-def write_arrays(group: zarr.Group, image: np.ndarray, label: np.ndarray | None) -> list[list[int]]:
-    """The arrays of a case (see `write_case`). Returns the label counts, [] without labels."""
-    _write_array(group, "image", image, count=False)
-    return [] if label is None else _write_array(group, "label", label)
+def write_arrays(group: zarr.Group, image: np.ndarray, label: np.ndarray | None, labels: int) -> list[list[int]]:
+    """The arrays of a case (see `write_case`). Returns how many voxels of the background and of each of so many labels
+    its slices have; [] without a label."""
+    _write_array(group, "image", image, 0)
+    return [] if label is None else _write_array(group, "label", label, 1 + labels)
 
 
-def _write_array(group: zarr.Group, key: str, voxels: np.ndarray, count: bool = True) -> list[list[int]]:
+def _write_array(group: zarr.Group, key: str, voxels: np.ndarray, values: int) -> list[list[int]]:
     """An array of slices, shard by shard: of `voxels` in another order of axes there is never a second copy.
 
-    Returns how many voxels of each label the slices have, if it shall `count` them.
+    Returns how many voxels of each value below `values` the slices have.
     """
     array = group.create_array(
         key,
@@ -37,8 +37,8 @@ def _write_array(group: zarr.Group, key: str, voxels: np.ndarray, count: bool = 
     for start in range(0, len(voxels), SHARD_SLICES):
         block = in_rows(voxels[start : start + SHARD_SLICES])
         array[start : start + SHARD_SLICES] = block
-        if count:
-            counts += [[int(np.count_nonzero(image == label)) for label in range(len(LABELS))] for image in block]
+        if values:
+            counts += [[int(np.count_nonzero(image == value)) for value in range(values)] for image in block]
     return counts
 
 

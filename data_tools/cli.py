@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from .errors import INTERRUPTED, UserError, one_line, say_error
+from .labels import DEFAULT_LABELS, check_regions, parse_labels, parse_regions
 from .layouts import LAYOUTS
 from .options import (
     Options,
     default_window,
-    parse_labels,
     parse_part,
     parse_size,
     parse_spacing,
@@ -25,7 +25,7 @@ from .options import (
     whole,
 )
 from .progress import console, progress
-from .report import case_row, cases_table, folder_size, window_text
+from .report import add_case, cases_table, folder_size, window_text
 from .workers import cores
 
 DEFAULT_SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
@@ -91,7 +91,16 @@ def parser() -> argparse.ArgumentParser:
         help="how the folder is arranged. " + " ".join(f"{name}: {LAYOUTS[name].__doc__}" for name in sorted(LAYOUTS)),
     )
     prepare.add_argument(
-        "--labels", type=parse_labels, help="source values of organ and tumour: organ=1,tumour=2 or organ=1+3"
+        "--labels",
+        type=parse_labels,
+        help="names of the labels and their values in the source, in order: anterior=1,posterior=2 or "
+        "liver=5,kidney=2+3; default of kits and lits: organ=1,tumour=2",
+    )
+    prepare.add_argument(
+        "--regions",
+        type=parse_regions,
+        help="regions that are several labels together: kidneys=left+right,abdomen=liver+spleen. Every label is one by "
+        "itself, and where labels are organ and tumour, region organ is both",
     )
     prepare.add_argument("--other", choices=["background"], help="take undeclared label values as background")
     prepare.add_argument(
@@ -241,10 +250,14 @@ def run_prepare(options: argparse.Namespace) -> int:
     if options.layout != "pairs" and any(patterns):
         raise UserError(f"--image-pattern and --label-pattern belong to --layout pairs, not {options.layout}")
     if options.labels is None and not options.unlabelled:
-        raise UserError("--labels: say which values of the label files are what, like organ=1,tumour=2")
+        options.labels = DEFAULT_LABELS.get(options.layout)
+    if options.labels is None and not options.unlabelled:
+        raise UserError("--labels: say which values of the label files are what, like anterior=1,posterior=2")
+    check_regions(options.labels or {}, options.regions or {})
     settings = Options(
         store=options.store,
         labels=options.labels or {},
+        regions=options.regions,
         other=options.other == "background",
         window=options.window or default_window(options.layout, options.input),
         channel=options.channel,
@@ -343,15 +356,18 @@ def run_info(options: argparse.Namespace) -> int:
     from .store import open_store
 
     store = open_store(options.store)
-    table = cases_table(str(options.store), ["window"])
+    table = cases_table(str(options.store), list(store.regions), ["window"])
     for case in store.cases.values():
-        table.add_row(*case_row(case), "{:g}…{:g}".format(*case.window))
+        add_case(table, case.name, case, "{:g}…{:g}".format(*case.window))
     console.print(table)
     slices = sum(case.shape[0] for case in store.cases.values())
     size = folder_size(options.store)
     console.print(f"{len(store.cases)} cases, {slices} slices, {size}, fingerprint {store.fingerprint()}")
-    labels = ", ".join(f"{name}={'+'.join(map(str, values))}" for name, values in store.attributes["labels"].items())
+    labels = ", ".join(f"{name}={'+'.join(map(str, store.attributes['labels'][name]))}" for name in store.labels)
     console.print(f"labels {labels}; {window_text(store.attributes['window'])}")
+    unions = {name: [store.labels[value - 1] for value in values] for name, values in store.regions.items()}
+    if declared := {name: labels for name, labels in unions.items() if labels != [name]}:
+        console.print("regions " + ", ".join(f"{name}={'+'.join(labels)}" for name, labels in declared.items()))
     for name, split in store.splits.items():
         console.print(f"split '{name}': {split_text(split)}")
     return 0

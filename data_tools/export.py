@@ -8,6 +8,7 @@ import nibabel
 import numpy as np
 
 from .errors import UserError, unknown_name
+from .labels import in_order
 from .location import finished, first_line, open_array
 from .nifti import write_image
 from .store import Case, read_attributes, read_case
@@ -19,7 +20,7 @@ def export(store: Path, name: str, out: Path, label: bool = False, prediction: P
 
     Image and label have the grid, affine, type and scaling of their source: where slices were not resampled, every
     voxel is the source's, or its nearest float32. Labels have the first of the source's values that `--labels` gave to
-    organ and tumour, a prediction keeps its own values. Raises `UserError` for a case that is not there or is damaged,
+    each, a prediction keeps its own values. Raises `UserError` for a case that is not there or is damaged,
     a prediction of another shape, and an `out` that exists.
     """
     if not out.name.endswith((".nii", ".nii.gz")):
@@ -45,7 +46,7 @@ def export(store: Path, name: str, out: Path, label: bool = False, prediction: P
 
 def source_values(labels: Mapping[str, Sequence[int]]) -> np.ndarray:
     """The source's value of each stored label."""
-    return np.array([0, *(labels.get(name, [stored])[0] for stored, name in ((1, "organ"), (2, "tumour")))])
+    return np.array([0, *(values[0] for values in in_order(labels).values())])
 
 
 def read_prediction(path: Path, case: Case) -> np.ndarray:

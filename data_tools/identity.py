@@ -25,14 +25,19 @@ def new_identity(path: Path, facts: Mapping[str, Any]) -> str:
     return uuid.uuid4().hex if is_local(path) else fingerprint({"place": str(path), **facts})
 
 
-def identity_of(path: Path) -> str | None:
-    """The identity of the store at `path`, from the first sound copy of its attributes; None if it has none."""
+def attributes_of(path: Path) -> dict[str, Any]:
+    """The attributes of the store at `path`, from the first sound copy of them; {} if there is none."""
     for folder in (path, path / "cases", path / "splits"):
         try:
-            return read_sealed(folder).get("identity")
+            return read_sealed(folder)
         except UserError:
             continue
-    return None
+    return {}
+
+
+def identity_of(path: Path) -> str | None:
+    """The identity of the store at `path`; None if it has none."""
+    return attributes_of(path).get("identity")
 
 
 def mark_of(identity: str | None, name: str) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 import argparse
 import math
-from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -35,13 +34,15 @@ class Options:
     """Images and labels in layout pairs."""
     spacing: tuple[float, float, float] | None = None
     """mm along a file's axes, for files that do not know theirs."""
+    regions: dict[str, list[str]] | None = None
+    """Labels of the regions that are declared beside the labels themselves."""
     replace: bool = False
     """Replace sound cases that are made of other files."""
 
     def facts(self) -> dict[str, Any]:
         """The options that a store remembers: all cases of a store are made alike."""
         facts = {"labels": self.labels, "other": self.other, "window": self.window, "layout": self.layout}
-        further = {"channel": self.channel, "size": self.size, "patterns": self.patterns}
+        further = {"channel": self.channel, "size": self.size, "patterns": self.patterns, "regions": self.regions}
         return facts | {key: value for key, value in further.items() if value is not None}
 
 
@@ -49,25 +50,6 @@ def options_of(store: Path) -> Options:
     """The options that a store was made with. Raises `UserError`."""
     facts = read_attributes(store)
     return Options(store, **{field.name: facts[field.name] for field in fields(Options) if field.name in facts})
-
-
-def parse_labels(text: str) -> dict[str, list[int]]:
-    """`organ=1+3,tumour=2` to the source values of each. Raises `UserError`."""
-    mapping: dict[str, list[int]] = {}
-    for part in text.split(","):
-        name, _, values = part.partition("=")
-        try:
-            numbers = [int(value) for value in values.split("+")]
-        except ValueError:
-            numbers = []
-        sound = all(0 < abs(number) < 2**31 for number in numbers)
-        if name.strip() not in ("organ", "tumour") or not numbers or name.strip() in mapping or not sound:
-            raise UserError(f"--labels {text}: write it like organ=1,tumour=2 or organ=1+3 (0 is background)")
-        mapping[name.strip()] = numbers
-    repeated = [v for v, n in Counter(v for group in mapping.values() for v in group).items() if n > 1]
-    if repeated or "organ" not in mapping:
-        raise UserError(f"--labels {text}: each value once, and organ at least")
-    return mapping
 
 
 def default_window(layout: str, root: Path) -> dict[str, Any]:

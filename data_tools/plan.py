@@ -180,7 +180,7 @@ def measure(case: Planned, source: Source, options: Options) -> Sample:
     source_hashes(source)
     voxels, labels, _, _ = convert(source, options)
     memory = {}
-    write_arrays(zarr.create_group(MemoryStore(memory)), voxels, labels)
+    write_arrays(zarr.create_group(MemoryStore(memory)), voxels, labels, len(options.labels))
     stored = sum(len(data) for key, data in memory.items() if not key.endswith("zarr.json"))
     return Sample(case, time.perf_counter() - start, voxels.dtype.itemsize, stored)
 

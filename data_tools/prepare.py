@@ -14,13 +14,14 @@ import numpy as np
 
 from .errors import Conflict, UserError, say_error
 from .identity import adopt, identity_of, stamp
+from .labels import regions_of
 from .layouts import Source
 from .location import is_local
 from .nifti import Header, read_header, read_voxels
 from .options import Options
 from .pool import results
 from .progress import console, progress
-from .report import case_row, cases_table, window_text
+from .report import add_case, cases_table, window_text
 from .split import PARTS
 from .store import Case, check_name, create_store, read_case, read_splits, write_case
 from .volumes import (
@@ -247,10 +248,9 @@ def resolve_window(window: dict[str, Any], voxels: np.ndarray, path: Path) -> tu
 def summary(options: Options, done: dict[str, Result]) -> None:
     """A table of the cases, the notes on them, and a line with their numbers."""
     cases = {name: read_case(options.store, name) for name, r in done.items() if r.status != "failed"}
-    table = cases_table(str(options.store), ["status"])
+    table = cases_table(str(options.store), list(regions_of(options.facts())), ["status"])
     for name, result in sorted(done.items()):
-        row = case_row(cases[name]) if cases.get(name) else [name, *[""] * 7]
-        table.add_row(*row, result.status)
+        add_case(table, name, cases.get(name), result.status)
     console.print(table)
     for name, result in sorted(done.items()):
         if result.note and result.status != "failed":

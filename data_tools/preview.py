@@ -1,22 +1,26 @@
 """A contact sheet for each case of a store, and one page over all."""
 
 import html
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from .arrays import LABELS, SHARD_SLICES
+from .arrays import SHARD_SLICES
 from .files import write_atomically, write_text
+from .labels import fullest
 from .location import finished, open_array
 from .ownership import MADE_BY, check_output
 from .progress import progress
 from .split import PARTS
-from .store import TASKS, Case, Store
+from .store import Case, Store
 
-COLOURS = {"organ": "#35c2b0", "tumour": "#ff6a4d"}
+COLOURS = ("#35c2b0", "#ff6a4d", "#6ea8ff", "#ffd166", "#c58cff", "#9be15d", "#ff8ecb", "#c9a27a")
+"""Of the regions in turn."""
 SHEET = "sheets/{}.png"
 
 
@@ -39,14 +43,14 @@ def preview(store: Store, folder: Path, cases: Sequence[str], slices: int) -> Pa
 
 
 def chosen_slices(case: Case, count: int) -> list[int]:
-    """`count` slices in order: those with most tumour, then those with most organ, apart from one another where the
-    case is long enough, then others evenly."""
+    """`count` slices in order: the fullest, apart from one another where the case is long enough, then others
+    evenly."""
     total = case.shape[0]
-    counts = case.label_counts if case.labelled else np.zeros((total, len(LABELS)), int)
-    organ, tumour = (counts[:, TASKS[task]].sum(axis=1) for task in ("organ", "tumour"))
-    ranked = [int(z) for z in np.lexsort((-organ, -tumour)) if organ[z]]
+    counts = case.voxels(*case.regions) if case.labelled else np.zeros((total, 0), int)
+    shown = np.flatnonzero(counts.any(axis=1))
+    ranked = [int(z) for z in fullest(counts)[: len(shown)]]
     ranked += [int(z) for z in np.linspace(0, total - 1, count).round()]
-    extent = max(np.ptp(np.flatnonzero(organ)) if organ.any() else 0, 1)
+    extent = max(np.ptp(shown) if len(shown) else 0, 1)
     picked: list[int] = []
     for gap in (max(1, extent // count), 1):
         for z in ranked:
@@ -56,7 +60,7 @@ def chosen_slices(case: Case, count: int) -> list[int]:
 
 
 def draw_sheet(store: Store, case: Case, path: Path, count: int) -> None:
-    """A coronal section and the chosen slices in the case's window, with outlines of organ and tumour, as a PNG."""
+    """A coronal section and the chosen slices in the case's window, with outlines of the regions, as a PNG."""
     folder, what = store.path / "cases" / case.name, f"{store.path}: case {case.name}"
     arrays = [open_array(folder / kind) for kind in (("image", "label") if case.labelled else ("image",))]
     row, box = middle_of_labels(case, arrays[-1], what) if case.labelled else (case.shape[1] // 2, (slice(None),) * 2)
@@ -83,15 +87,15 @@ def draw_sheet(store: Store, case: Case, path: Path, count: int) -> None:
 
 
 def middle_of_labels(case: Case, labels: Any, what: str) -> tuple[int, tuple[slice, slice]]:
-    """The row with most tumour, or else organ, and a window in the plane around all labels (the whole without any)."""
-    rows, columns = np.zeros((2, case.shape[1]), int), np.zeros(case.shape[2], int)
+    """The fullest row, and a window in the plane around all labels (the whole without any)."""
+    rows, columns = np.zeros((case.shape[1], len(case.regions)), int), np.zeros(case.shape[2], int)
     for start in range(0, case.shape[0], SHARD_SLICES):
         block = finished(labels[start : min(start + SHARD_SLICES, case.shape[0])].read(), what)
-        rows += [(block > 0).sum(axis=(0, 2)), (block == 2).sum(axis=(0, 2))]
+        rows += np.stack([np.isin(block, values).sum(axis=(0, 2)) for values in case.regions.values()], axis=1)
         columns += (block > 0).sum(axis=(0, 1))
     if not columns.any():
         return case.shape[1] // 2, (slice(None), slice(None))
-    places = [np.flatnonzero(found) for found in (rows[0], columns)]
+    places = [np.flatnonzero(found) for found in (rows.any(axis=1), columns)]
     spacings, box = case.spacing[1:], []
     # A square in mm: larger by half than the labels, and no less than a good part of the slice.
     shortest = 0.6 * min(n * s for n, s in zip(case.shape[1:], spacings, strict=True))
@@ -100,7 +104,7 @@ def middle_of_labels(case: Case, labels: Any, what: str) -> tuple[int, tuple[sli
         wanted = int(np.ceil(side / spacing))
         start = max(0, min((place[0] + place[-1] - wanted) // 2, length - wanted))
         box.append(slice(int(start), int(min(start + wanted, length))))
-    return int(np.argmax(rows[1] if rows[1].any() else rows[0])), tuple(box)
+    return int(fullest(rows)[0]), tuple(box)
 
 
 def draw(
@@ -116,7 +120,8 @@ def draw(
     low, high = case.window
     axis.imshow(image, cmap="gray", vmin=low, vmax=high, aspect=spacing[0] / spacing[1], interpolation="antialiased")
     for label in labels:
-        for region, colour in zip((label > 0, label == 2), COLOURS.values(), strict=True):
+        for values, colour in zip(case.regions.values(), cycle(COLOURS), strict=False):
+            region = np.isin(label, values)
             if region.any() and not region.all():
                 outline(axis, region, colour)
     for text, place in zip(edges, ((0.5, 0.98), (-0.01, 0.5)), strict=False):
@@ -141,7 +146,7 @@ def slice_title(case: Case, z: int) -> str:
     if not case.labelled:
         return f"slice {z}"
     square = case.spacing[1] * case.spacing[2] / 100
-    areas = {task: case.label_counts[z, values].sum() * square for task, values in TASKS.items()}
+    areas = {region: count * square for region, count in zip(case.regions, case.voxels(*case.regions)[z], strict=True)}
     parts = ", ".join(f"{name} {area:.3g}" for name, area in areas.items() if area)
     return f"slice {z}" + (f": {parts} cm²" if parts else "")
 
@@ -150,10 +155,10 @@ def sheet_title(case: Case) -> str:
     """A case's size, spacing and so on, in one line."""
     size = "×".join(map(str, case.shape))
     spacing = " × ".join(f"{s:.3g}" for s in case.spacing)
-    volumes = ", ".join(f"{task} {case.volume_ml(task):,.1f} ml" for task in TASKS) if case.labelled else "no labels"
-    return (
-        f"{case.name}    {size} voxels of {spacing} mm    window {case.window[0]:.4g}…{case.window[1]:.4g}    {volumes}"
-    )
+    volumes = [f"{region} {case.volume_ml(region):,.1f} ml" for region in case.regions] if case.labelled else []
+    window = f"{case.window[0]:.4g}…{case.window[1]:.4g}"
+    title = f"{case.name}    {size} voxels of {spacing} mm    window {window}    {', '.join(volumes) or 'no labels'}"
+    return textwrap.fill(title, 160)
 
 
 def page_of(store: Store, cases: Iterable[Case]) -> str:
@@ -162,7 +167,16 @@ def page_of(store: Store, cases: Iterable[Case]) -> str:
     cards = "\n".join(card(case, parts_of(store.splits, case.name)) for case in cases)
     title = html.escape(str(store.path).encode(errors="backslashreplace").decode())
     facts = f"{len(cases)} of {len(store.cases)} cases, {sum(case.shape[0] for case in cases)} slices"
-    return PAGE.replace("MADE_BY", MADE_BY).replace("TITLE", title).replace("FACTS", facts).replace("CARDS", cards)
+    colours = dict(zip(store.regions, cycle(COLOURS), strict=False))
+    facts += "".join(f', <i style="color: {colour}">{html.escape(name)}</i>' for name, colour in colours.items())
+    keys = "".join(f'<option value="{key_of(colours, name)}">{html.escape(name)} volume' for name in colours)
+    page = PAGE.replace("MADE_BY", MADE_BY).replace("TITLE", title).replace("FACTS", facts)
+    return page.replace("KEYS", keys).replace("CARDS", cards)
+
+
+def key_of(regions: Iterable[str], name: str) -> str:
+    """The name that a region's volume has among a card's data, where no other letters can be."""
+    return f"volume{list(regions).index(name)}"
 
 
 def parts_of(splits: Mapping[str, Any], name: str) -> list[str]:
@@ -172,10 +186,11 @@ def parts_of(splits: Mapping[str, Any], name: str) -> list[str]:
 
 def card(case: Case, parts: Sequence[str]) -> str:
     """A case on the page, with the values that it is sorted by."""
-    volumes = {task: case.volume_ml(task) for task in TASKS}
-    values = {"slices": case.shape[0], "thickness": case.spacing[0], **volumes}
+    volumes = {region: case.volume_ml(region) for region in case.regions}
+    values = {"slices": case.shape[0], "thickness": case.spacing[0]}
+    values |= {key_of(volumes, region): volume for region, volume in volumes.items()}
     data = " ".join(f'data-{key}="{value:g}"' for key, value in values.items())
-    missing = [f"no {task}" for task in TASKS if not volumes[task]] if case.labelled else ["no labels"]
+    missing = [f"no {region}" for region in volumes if not volumes[region]] if case.labelled else ["no labels"]
     text = " ".join([case.name, *parts, *missing])
     name = html.escape(case.name, quote=True)
     tags = "".join(f"<span>{html.escape(part)}</span>" for part in parts)
@@ -196,18 +211,18 @@ PAGE = """<!doctype html>
            padding: .7rem 1.2rem; background: #0e1012ee; border-bottom: 1px solid #2b2f35 }
   h1 { font-size: 1rem; margin: 0 } input, select { font: inherit; color: inherit; background: #1c1f24;
        border: 1px solid #3a3f47; border-radius: 4px; padding: .25rem .5rem }
-  i { font-style: normal } .organ { color: #35c2b0 } .tumour { color: #ff6a4d }
+  i { font-style: normal }
   main { display: grid; gap: 1rem; padding: 1rem 1.2rem;
          grid-template-columns: repeat(auto-fill, minmax(min(100%, 46rem), 1fr)) }
   figure { margin: 0; background: #15171a; border: 1px solid #2b2f35; border-radius: 6px; overflow: hidden }
   figure[hidden] { display: none } figcaption { padding: .4rem .7rem } img { width: 100%; display: block }
   span { margin-left: .6rem; padding: 0 .4rem; border-radius: 3px; background: #2b2f35; font-size: .8rem }
 </style>
-<header><h1>TITLE</h1><div>FACTS, outlines of <i class="organ">organ</i> and <i class="tumour">tumour</i>.
+<header><h1>TITLE</h1><div>FACTS.
 A is anterior, S superior, R the patient's right.</div>
-<input id="filter" type="search" placeholder="case, split: part, no tumour" size="28">
-<label>sorted by <select id="key"><option value="name">case<option value="tumour">tumour volume
-<option value="organ">organ volume<option value="slices">slices<option value="thickness">slice spacing</select></label>
+<input id="filter" type="search" placeholder="case, split: part, no label" size="28">
+<label>sorted by <select id="key"><option value="name">caseKEYS
+<option value="slices">slices<option value="thickness">slice spacing</select></label>
 <div id="shown"></div></header>
 <main>
 CARDS

@@ -1,6 +1,6 @@
 """Cases for people: tables and sizes."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
@@ -9,17 +9,25 @@ from rich.table import Table
 from .store import Case
 
 
-def cases_table(title: str, columns: Iterable[str] = ()) -> Table:
-    """The head of a table of cases, with more `columns` on the right."""
+def cases_table(title: str, regions: Sequence[str], columns: Sequence[str] = ()) -> Table:
+    """The head of a table of cases, with a column for each region and more `columns` on the right."""
     table = Table(title=title, box=box.SIMPLE_HEAD)
-    for column in ("case", "slices", "size", "spacing mm", "source axes", "voxels", "organ", "tumour", *columns):
+    for column in ("case", "slices", "size", "spacing mm", "source axes", "voxels", *regions, *columns):
         table.add_column(column, no_wrap=column == "case")
-    table.caption = "spacing of slices, rows, columns; organ and tumour: slices with it"
+    table.caption = "spacing of slices, rows, columns"
+    if regions:
+        table.caption += f"; {' and '.join(filter(None, (', '.join(regions[:-1]), regions[-1])))}: slices with it"
     return table
 
 
+def add_case(table: Table, name: str, case: Case | None, *more: str) -> None:
+    """A case in such a table, with what its further columns say; only its name if there is nothing to know of it."""
+    row = case_row(case) if case else [name]
+    table.add_row(*row, *[""] * (len(table.columns) - len(row) - len(more)), *more)
+
+
 def case_row(case: Case) -> list[str]:
-    """A case in such a table."""
+    """The facts of a case in such a table."""
     return [
         case.name,
         str(case.shape[0]),
@@ -27,7 +35,7 @@ def case_row(case: Case) -> list[str]:
         " ".join(f"{value:.3g}" for value in case.spacing),
         case.source["image"]["orientation"],
         case.dtype,
-        *(str(len(case.task_slices(task))) for task in ("organ", "tumour")),
+        *(str(len(case.slices_with(region))) for region in case.regions),
     ]
 
 

@@ -17,8 +17,8 @@ PARTS = ("train", "val", "test")
 def split_by_shares(store: Store, shares: Mapping[str, float], seed: int) -> dict[str, Any]:
     """A seeded split into parts that are fractions of 1 (0.7), or numbers of cases (168) that sum to the store's.
 
-    Every part has about the same share of cases with tumour. Raises `UserError` if the shares sum to neither, or a
-    part that should have cases would get none.
+    Every part has about the same share of the cases with each label. Raises `UserError` if the shares sum to neither,
+    or a part that should have cases would get none.
     """
     total, shown = sum(shares.values()), ", ".join(f"{share:g}" for share in shares.values())
     cases, sound = len(labelled(store)), all(share >= 0 for share in shares.values())
@@ -45,7 +45,7 @@ def split_by_folds(store: Store, folds: int, seed: int) -> list[dict[str, Any]]:
     """The splits of a cross-validation: in split k, fold k is test, the next fold is val and the others are train.
 
     So each case is tested once, by a network whose epoch was chosen on other cases. Every fold has about the same
-    share of cases with tumour. Raises `UserError` for fewer than 3 folds, or fewer cases than folds.
+    share of the cases with each label. Raises `UserError` for fewer than 3 folds, or fewer cases than folds.
     """
     cases = len(labelled(store))
     if not 3 <= folds <= cases:
@@ -132,14 +132,19 @@ def rounded(sizes: Sequence[float]) -> list[int]:
 
 
 def deal(store: Store, sizes: Sequence[int], seed: int) -> list[list[str]]:
-    """All cases with labels to groups of these sizes at random, with about the same share of tumours in each."""
+    """All cases with labels to groups of these sizes at random, with about the same share of those with each label in
+    each, of the rarest most closely."""
     random = np.random.default_rng(seed)
     groups: list[list[str]] = [[] for _ in sizes]
-    by_tumour: tuple[list[str], list[str]] = ([], [])
-    for name in labelled(store):
-        by_tumour[bool(len(store.cases[name].task_slices("tumour")))].append(name)
-    # First those without tumour, then those with, each case to the group that lacks most: that keeps the shares.
-    order = [name for names in by_tumour for name in random.permutation(names).tolist()]
+    names = labelled(store)
+    has = np.array([store.cases[name].label_counts[:, 1:].any(axis=0) for name in names])
+    rarest = np.argsort(has.sum(axis=0), kind="stable")
+    alike: dict[tuple[bool, ...], list[str]] = {}
+    for name, row in zip(names, has[:, rarest].tolist(), strict=True):
+        alike.setdefault(tuple(row), []).append(name)
+    # First those without the rarest label, then those with it, and so on within each; each case to the group that lacks
+    # most: that keeps the shares.
+    order = [name for key in sorted(alike) for name in random.permutation(alike[key]).tolist()]
     for seen, name in enumerate(order, start=1):
         open_groups = [g for g, size in enumerate(sizes) if len(groups[g]) < size]
         lacking = {g: sizes[g] * seen / len(order) - len(groups[g]) for g in open_groups}

@@ -11,15 +11,16 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from rich import box
 from rich.table import Table
 
-from .arrays import LABELS
 from .files import write_atomically
 from .location import finished, open_array
 from .ownership import MADE_BY, check_output
 from .progress import console, progress
 from .split import PARTS
-from .store import TASKS, Case, Store
+from .store import Case, Store
 
-COLOURS = {"background": "#9aa3ad", "organ": "#159f8e", "tumour": "#e2502f"}
+BACKGROUND = "#9aa3ad"
+COLOURS = ("#159f8e", "#e2502f", "#3f6fd1", "#d19a1f", "#8a4fc4", "#4f9a2e", "#c7488f", "#7a5a3c")
+"""Of the regions in turn."""
 SLICES_PER_CASE = 32
 """How many slices of a case, evenly apart, the intensities are counted in."""
 BINS, REACH = 5500, 5
@@ -34,9 +35,9 @@ class Intensities:
     """(BINS + 1,) in the store's intensities, or in windows (0 and 1 are its ends) where each case has its own.
     What lies beyond is counted in the outermost bins."""
     counts: np.ndarray
-    """(3, BINS) background, organ, tumour."""
+    """(1 + L, BINS) of the background and of each of L labels."""
     sums: np.ndarray
-    """(3, 2) sums of the intensities and of their squares."""
+    """(1 + L, 2) sums of the intensities and of their squares."""
 
     def row(self, label: int) -> tuple[float, ...]:
         """Mean, standard deviation, and the percentiles 0.5, 50, 99.5 of one label; NaN without voxels."""
@@ -68,7 +69,8 @@ def count_intensities(store: Store) -> Intensities:
     low, high = (0.0, 1.0) if own else next(iter(store.cases.values())).window
     width = high - low
     edges = np.linspace(low - REACH * width, high + REACH * width, BINS + 1)
-    counts, sums = np.zeros((len(LABELS), BINS), np.int64), np.zeros((len(LABELS), 2))
+    values = 1 + len(store.labels)
+    counts, sums = np.zeros((values, BINS), np.int64), np.zeros((values, 2))
     with progress(len(store.cases), "stats") as bar:
         for case in bar.track(store.cases.values(), task_id=bar.task_ids[0]):
             if not case.labelled:
@@ -85,7 +87,7 @@ def count_intensities(store: Store) -> Intensities:
                 flat = label.ravel().astype(int)
                 counts += np.bincount(bins + flat * BINS, minlength=counts.size).reshape(counts.shape)
                 for power in (1, 2):
-                    sums[:, power - 1] += np.bincount(flat, voxels**power, minlength=len(LABELS))
+                    sums[:, power - 1] += np.bincount(flat, voxels**power, minlength=values)
     return Intensities(edges, counts, sums)
 
 
@@ -98,18 +100,19 @@ def groups_of(store: Store) -> dict[str, list[Case]]:
     return groups
 
 
-def slices_with(cases: Sequence[Case], task: str) -> int:
-    """Number of slices with the task's target."""
-    return sum(len(case.task_slices(task)) for case in cases)
+def found_in(cases: Sequence[Case], region: str) -> tuple[int, int]:
+    """Numbers of cases and of slices that have a region."""
+    slices = [len(case.slices_with(region)) for case in cases]
+    return sum(map(bool, slices)), sum(slices)
 
 
 def parts_table(store: Store) -> Table:
     """Cases and slices of the store and of each part of its splits."""
-    table = table_of("cases and slices", "part", "cases", "with tumour", "slices", "with organ", "slices with tumour")
+    regions = [f"{kind} with {region}" for region in store.regions for kind in ("cases", "slices")]
+    table = table_of("cases and slices", "part", "cases", "slices", *regions)
     for name, cases in groups_of(store).items():
-        tumours = sum(bool(len(case.task_slices("tumour"))) for case in cases)
-        slices = [sum(case.shape[0] for case in cases), *(slices_with(cases, task) for task in ("organ", "tumour"))]
-        table.add_row(name, str(len(cases)), str(tumours), *map(str, slices))
+        found = [number for region in store.regions for number in found_in(cases, region)]
+        table.add_row(name, str(len(cases)), str(sum(case.shape[0] for case in cases)), *map(str, found))
     return table
 
 
@@ -121,7 +124,7 @@ def measures(case: Case) -> dict[str, float]:
         "columns": case.shape[2],
         "slice spacing mm": case.spacing[0],
         "pixel spacing mm": case.spacing[1],
-        **{f"{task} ml": case.volume_ml(task) or np.nan for task in TASKS},
+        **{f"{region} ml": case.volume_ml(region) or np.nan for region in case.regions},
     }
 
 
@@ -147,7 +150,7 @@ def intensities_table(store: Store, intensities: Intensities) -> Table:
     table = table_of(f"intensities in {unit}", "label", "voxels", "mean", "SD", "0.5%", "50%", "99.5%")
     table.caption = f"voxels of all slices; intensities of up to {SLICES_PER_CASE} slices of each case"
     voxels = sum(case.label_counts.sum(axis=0) for case in store.cases.values())
-    for label, name in enumerate(LABELS):
+    for label, name in enumerate(["background", *store.labels]):
         numbers = ("–" if np.isnan(number) else f"{number:.4g}" for number in intensities.row(label))
         table.add_row(name, f"{voxels[label] / voxels.sum():.3%}", *numbers)
     return table
@@ -176,7 +179,7 @@ def stats_figure(store: Store, intensities: Intensities, path: Path) -> None:
     axes[1].set(title="slices of a case", xlabel="slices", ylabel="cases")
     axes[2].scatter(column["pixel spacing mm"], column["slice spacing mm"], s=18, alpha=0.6, color="#4c78a8")
     axes[2].set(title="spacing", xlabel="pixel spacing in mm", ylabel="slice spacing in mm")
-    draw_volumes(axes[3], column)
+    draw_volumes(axes[3], store, column)
     draw_areas(axes[4], store)
     draw_parts(axes[5], store)
     for axis in axes:
@@ -194,12 +197,13 @@ def draw_intensities(axis, store: Store, intensities: Intensities) -> None:
     edges = intensities.edges[::together]
     middle = (edges[1:] + edges[:-1]) / 2
     shown = (middle > low - 0.75 * (high - low)) & (middle < high + 0.75 * (high - low))
-    for label, name in enumerate(LABELS):
+    for label, name in enumerate(["background", *store.labels]):
         counts = intensities.counts[label].reshape(-1, together).sum(axis=1)
         if counts.any():
             density = counts / counts.sum() / np.diff(edges)
-            axis.fill_between(middle[shown], density[shown], step="mid", alpha=0.25, color=COLOURS[name])
-            axis.step(middle[shown], density[shown], where="mid", color=COLOURS[name], linewidth=1.2, label=name)
+            colour = colour_of(store, name)
+            axis.fill_between(middle[shown], density[shown], step="mid", alpha=0.25, color=colour)
+            axis.step(middle[shown], density[shown], where="mid", color=colour, linewidth=1.2, label=name)
     for end in (low, high):
         axis.axvline(end, color="black", linestyle=":", linewidth=1)
     axis.set(title="intensities of each label (dots: window)", ylabel="density", ylim=(0, None))
@@ -207,17 +211,27 @@ def draw_intensities(axis, store: Store, intensities: Intensities) -> None:
     axis.legend(frameon=False, fontsize=8)
 
 
-def draw_volumes(axis, column: Mapping[str, np.ndarray]) -> None:
-    """The volumes of organ and tumour."""
-    volumes = {name: values[~np.isnan(values)] for name in ("organ", "tumour") for values in [column[f"{name} ml"]]}
-    both = np.concatenate(list(volumes.values()))
+def colour_of(store: Store, name: str) -> str:
+    """The colour of a region, or of the background."""
+    return COLOURS[list(store.regions).index(name) % len(COLOURS)] if name in store.regions else BACKGROUND
+
+
+def draw_volumes(axis, store: Store, column: Mapping[str, np.ndarray]) -> None:
+    """The volumes of the regions."""
+    volumes = {name: values[~np.isnan(values)] for name in store.regions for values in [column[f"{name} ml"]]}
     axis.set(title="volumes", xlabel="ml", ylabel="cases")
-    if not len(both):
+    draw_histograms(axis, store, volumes, "cases", 0.9)
+
+
+def draw_histograms(axis, store: Store, values: Mapping[str, np.ndarray], what: str, margin: float = 1.0) -> None:
+    """Histograms of positive values of each region over one logarithmic axis; nothing if there are none."""
+    together = np.concatenate([np.zeros(0), *values.values()])
+    if not len(together):
         return
-    bins = np.geomspace(both.min() * 0.9, both.max() * 1.1, 30)
-    for name, values in volumes.items():
-        if len(values):
-            axis.hist(values, bins=bins, color=COLOURS[name], alpha=0.65, label=f"{name}, {len(values)} cases")
+    bins = np.geomspace(together.min() * margin, together.max() * (1.01 + 1 - margin), 40)
+    for name, found in values.items():
+        if len(found):
+            axis.hist(found, bins=bins, color=colour_of(store, name), alpha=0.65, label=f"{name}, {len(found)} {what}")
     plain_log(axis)
     axis.legend(frameon=False, fontsize=8)
 
@@ -231,32 +245,26 @@ def plain_log(axis) -> None:
 
 
 def draw_areas(axis, store: Store) -> None:
-    """The share of a slice's pixels that each target has, over the slices that show it."""
+    """The share of a slice's pixels that each region has, over the slices that show it."""
     axis.set(title="share of a slice, where there is any", xlabel="% of the pixels", ylabel="slices")
     shares = {
-        task: np.concatenate([c.label_counts[:, v].sum(axis=1) / np.prod(c.shape[1:]) for c in store.cases.values()])
-        for task, v in TASKS.items()
+        region: np.concatenate([c.voxels(region)[:, 0] / np.prod(c.shape[1:]) for c in store.cases.values()])
+        for region in store.regions
     }
     shares = {name: 100 * values[values > 0] for name, values in shares.items()}
-    both = np.concatenate(list(shares.values()))
-    if not len(both):
-        return
-    bins = np.geomspace(both.min(), both.max() * 1.01, 40)
-    for name, values in shares.items():
-        if len(values):
-            axis.hist(values, bins=bins, color=COLOURS[name], alpha=0.65, label=f"{name}, {len(values)} slices")
-    plain_log(axis)
-    axis.legend(frameon=False, fontsize=8)
+    draw_histograms(axis, store, shares, "slices")
 
 
 def draw_parts(axis, store: Store) -> None:
-    """Cases of each part of each split, with and without tumour."""
+    """Cases of each part of each split, with and without the region that the fewest have."""
     groups = groups_of(store)
     names = list(groups)[::-1]
-    tumours = np.array([sum(bool(len(c.task_slices("tumour"))) for c in groups[name]) for name in names])
-    totals = np.array([len(groups[name]) for name in names])
-    axis.barh(names, tumours, color=COLOURS["tumour"], alpha=0.8, label="with tumour")
-    axis.barh(names, totals - tumours, left=tumours, color=COLOURS["background"], alpha=0.8, label="without")
+    totals, found = np.array([len(groups[name]) for name in names]), np.zeros(len(names), int)
+    if store.regions:
+        rarest = min(store.regions, key=lambda region: found_in(groups["all"], region))
+        found = np.array([found_in(groups[name], rarest)[0] for name in names])
+        axis.barh(names, found, color=colour_of(store, rarest), alpha=0.8, label=f"with {rarest}")
+    axis.barh(names, totals - found, left=found, color=BACKGROUND, alpha=0.8, label="without")
     for k, name in enumerate(names):
         slices = sum(case.shape[0] for case in groups[name])
         axis.text(totals[k], k, f" {totals[k]} cases, {slices:,} slices", va="center", fontsize=8)

@@ -1,10 +1,10 @@
 """The slice store: its schema, how a case is written, and how a store is opened.
 
-    STORE/                      Zarr v3 group; attributes: format, version, identity, labels, window, layout
+    STORE/                      Zarr v3 group; attributes: format, version, identity, labels, regions, window, layout
     STORE/cases/, STORE/splits/ groups; two more copies of the store's attributes, should the first be damaged
     STORE/cases/<case>/         group; attributes: see `Case`; they are written last and make the case visible
     STORE/cases/<case>/image    (Z, H, W) int16 or float32
-    STORE/cases/<case>/label    (Z, H, W) uint8: 0 background, 1 organ, 2 tumour; not there in a case without labels
+    STORE/cases/<case>/label    (Z, H, W) uint8: 0 background, k the k-th of `labels`; not there without labels
     STORE/known/<case>          empty file: the case was complete (see `identity`)
     STORE/splits/<name>/        group; attributes: train, val, test (case names), seed and how it was made
     STORE/splits/<name>/copy/   group; a second copy of them, as nothing else could bring a split back
@@ -30,12 +30,12 @@ from typing import Any
 import numpy as np
 import zarr
 
-from .arrays import LABELS, write_arrays
+from .arrays import write_arrays
 from .errors import UserError, unknown_name
 from .identity import (
+    attributes_of,
     check_belongs,
     gone,
-    identity_of,
     is_known,
     known_cases,
     mark_of,
@@ -45,6 +45,7 @@ from .identity import (
     set_known,
     strangers,
 )
+from .labels import Task, in_order, make_task, regions_of
 from .location import exists, is_local, located, remove, zarr_place
 from .sealed import is_sealed, read_json, read_sealed, write_sealed
 
@@ -54,9 +55,6 @@ AXES = ("I", "P", "L")
 
 NAME = re.compile(r"\w[\w .+=@-]*")
 """Names of cases and splits: they are folders of the store."""
-
-TASKS = {"organ": (1, 2), "tumour": (2,)}
-"""The stored labels that are each task's target. A tumour lies in the organ and belongs to it."""
 
 
 @dataclass(frozen=True)
@@ -74,23 +72,31 @@ class Case:
     window: tuple[float, float]
     """The intensities that training maps to −1 and 1."""
     label_counts: np.ndarray
-    """(Z, 3) voxels of background, organ, tumour in each slice; (0, 3) in a case without labels."""
+    """(Z, 1 + L) voxels of the background and of each of the store's L labels in each slice; (0, 1 + L) in a case
+    without labels."""
     source: dict[str, Any]
     """The files that the case was made of: image_sha256 and label_sha256, and `image` and `label` with each file's
     name, orientation, shape, affine and dtype."""
+    regions: Mapping[str, tuple[int, ...]]
+    """The stored values of each region of the store."""
 
     @property
     def labelled(self) -> bool:
         """Whether there is a label array. Without one, a case is for prediction only."""
         return len(self.label_counts) > 0
 
-    def task_slices(self, task: str) -> np.ndarray:
-        """Indices of the slices that have voxels of the task's target."""
-        return np.flatnonzero(self.label_counts[:, TASKS[task]].sum(axis=1))
+    def voxels(self, *regions: str) -> np.ndarray:
+        """(Z, R) voxels of each of some regions in each slice."""
+        sums = [self.label_counts[:, self.regions[name]].sum(axis=1) for name in regions]
+        return np.stack(sums, axis=1) if sums else np.zeros((len(self.label_counts), 0), np.int64)
 
-    def volume_ml(self, task: str) -> float:
-        """The volume of the task's target in ml."""
-        return float(self.label_counts[:, TASKS[task]].sum() * np.prod(self.spacing) / 1000)
+    def slices_with(self, *regions: str) -> np.ndarray:
+        """Indices of the slices that have voxels of any of some regions."""
+        return np.flatnonzero(self.voxels(*regions).any(axis=1))
+
+    def volume_ml(self, region: str) -> float:
+        """The volume of a region in ml."""
+        return float(self.voxels(region).sum() * np.prod(self.spacing) / 1000)
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,20 @@ class Store:
                 "prepare them, or make another split with --name"
             )
         return cases
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels by their stored values, from 1."""
+        return list(in_order(self.attributes.get("labels", {})))
+
+    @property
+    def regions(self) -> dict[str, tuple[int, ...]]:
+        """The stored values of each region."""
+        return regions_of(self.attributes)
+
+    def task(self, names: str) -> Task:
+        """The task that names regions of the store, `anterior,posterior` or `all`. Raises `UserError`."""
+        return make_task(names, self.regions, str(self.path))
 
     @property
     def identity(self) -> str | None:
@@ -167,10 +187,12 @@ def check_store(path: Path, attributes: Mapping[str, Any]) -> bool:
     wanted = _root_facts(attributes)
     if exists(path / "zarr.json"):
         found = root_attributes(path)
-        if differing := [key for key, value in wanted.items() if found.get(key) != value]:
+        # Labels in order, which is that of their stored values.
+        before = found | {"labels": in_order(found.get("labels", {}))}
+        if differing := [k for k in (*wanted, "regions") if json.dumps(before.get(k)) != json.dumps(wanted.get(k))]:
             key = differing[0]
             raise UserError(
-                f"{path}: this store was made with {key}={found.get(key)!r}, not {wanted[key]!r}; "
+                f"{path}: this store was made with {key}={found.get(key)!r}, not {wanted.get(key)!r}; "
                 "prepare into another folder, or give the same options"
             )
         read_sealed(path)
@@ -181,7 +203,8 @@ def check_store(path: Path, attributes: Mapping[str, Any]) -> bool:
 
 
 def _root_facts(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    return {"format": FORMAT, "version": VERSION, **json.loads(json.dumps(dict(attributes)))}
+    facts = {"labels": {}} | json.loads(json.dumps(dict(attributes)))
+    return {"format": FORMAT, "version": VERSION, **facts, "labels": in_order(facts["labels"])}
 
 
 def _write_root(path: Path, attributes: Mapping[str, Any]) -> None:
@@ -199,8 +222,8 @@ def write_case(
 ) -> None:
     """Write one case whole. It becomes visible when its last byte is in place, and replaces one of the same name.
 
-    `image` (Z, H, W) int16 or float32; `label` (Z, H, W) uint8 of 0, 1, 2, or None; `attributes`: affine, spacing,
-    window, source (see `Case`). The label counts are added here. What is there of a case that can't be written (a full
+    `image` (Z, H, W) int16 or float32; `label` (Z, H, W) uint8, or None; `attributes`: affine, spacing, window, source
+    (see `Case`). The label counts are added here. What is there of a case that can't be written (a full
     disk) is removed. One process at a time may write a case. Raises `UserError` if its folder is not the store's, which
     `replace` removes all the same if it is a case's.
     """
@@ -209,10 +232,11 @@ def write_case(
     try:
         # Opened at the case: through its parents, Zarr would put temporary files into them that a kill leaves behind.
         path = located(path)
-        folder, identity = path / "cases" / name, identity_of(path)
+        folder, facts = path / "cases" / name, attributes_of(path)
+        identity = facts.get("identity")
         mark = mark_of(identity, name)
         group = zarr.create_group(zarr_place(folder), attributes=mark)
-        counts = write_arrays(group, image, label)
+        counts = write_arrays(group, image, label, len(facts.get("labels", {})))
         write_sealed(group, folder, {**mark, **attributes, "label_counts": counts})
         if identity:
             set_known(path, name)
@@ -276,7 +300,7 @@ def open_store(path: Path) -> Store:
     names = sorted(file.parent.name for file in path.glob("cases/*/zarr.json"))
     # Each request to an object store takes a while.
     with ThreadPoolExecutor(1 if is_local(path) else 32) as threads:
-        read = partial(read_case, path, identity=attributes.get("identity"))
+        read = partial(read_case, path, attributes=attributes)
         cases = {case.name: case for case in threads.map(read, names) if case}
     for name in known:
         # Somebody may be preparing it again right now.
@@ -293,8 +317,8 @@ def read_splits(path: Path) -> dict[str, dict[str, Any]]:
     return {name: record for name, record in records.items() if record}
 
 
-def read_case(path: Path, name: str, identity: str | None = None) -> Case | None:
-    """A case of the store at `path`, which has this `identity`; None if it is not complete.
+def read_case(path: Path, name: str, attributes: Mapping[str, Any] | None = None) -> Case | None:
+    """A case of the store at `path`, which has these `attributes`; None if it is not complete.
 
     Raises `UserError` if its metadata are damaged, and `Conflict` if they are those of another store or case.
     """
@@ -308,7 +332,8 @@ def read_case(path: Path, name: str, identity: str | None = None) -> Case | None
         facts = {}  # It is not there, or somebody is preparing it again right now.
     if not facts:
         return None
-    check_belongs(folder, facts, identity or identity_of(path))
+    attributes = attributes or attributes_of(path)
+    check_belongs(folder, facts, attributes.get("identity"))
     array = read_json(folder / "image" / "zarr.json")
     return Case(
         name=folder.name,
@@ -317,9 +342,15 @@ def read_case(path: Path, name: str, identity: str | None = None) -> Case | None
         affine=np.array(facts["affine"]),
         spacing=tuple(facts["spacing"]),
         window=tuple(facts["window"]),
-        label_counts=np.array(facts["label_counts"], dtype=np.int64).reshape(-1, len(LABELS)),
+        label_counts=label_counts(facts["label_counts"], len(attributes.get("labels", {}))),
         source=facts["source"],
+        regions=regions_of(attributes),
     )
+
+
+def label_counts(counts: list[list[int]], labels: int) -> np.ndarray:
+    """(Z, 1 + L) from what a case's attributes say. Earlier versions counted two labels even where there was one."""
+    return np.array(counts, dtype=np.int64).reshape(len(counts), -1 if counts else 1 + labels)
 
 
 def read_attributes(path: Path) -> dict[str, Any]:

@@ -9,16 +9,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .arrays import LABELS, SHARD_SLICES
+from .arrays import SHARD_SLICES
 from .errors import Conflict, UserError, say_error
-from .identity import gone, identity_of, is_known, known_cases
+from .identity import attributes_of, gone, identity_of, is_known, known_cases
+from .labels import regions_of
 from .layouts import Source, find_sources
 from .location import exists, finished, located, open_array
 from .options import Options, options_of
 from .pool import results
 from .prepare import Result, convert, prepare_case, source_hashes
 from .progress import console, progress
-from .report import case_row, cases_table
+from .report import add_case, cases_table
 from .sealed import is_sealed, read_sealed
 from .store import Case, read_case, root_attributes
 
@@ -152,7 +153,7 @@ def damages(store: Path, case: Case) -> Iterator[str]:
             for z, voxels in shard(array, start, min(start + SHARD_SLICES, case.shape[0])):
                 if voxels is None:
                     bad.append(z)
-                elif kind == "label" and counts(voxels) != case.label_counts[z].tolist():
+                elif kind == "label" and counts(voxels, case.label_counts.shape[1]) != case.label_counts[z].tolist():
                     miscounted.append(z)
         if bad:
             yield f"{kind} slice {ranges(bad)} can't be read"
@@ -173,9 +174,9 @@ def shard(array, start: int, stop: int) -> Iterator[tuple[int, np.ndarray | None
             yield z, None
 
 
-def counts(label: np.ndarray) -> list[int]:
-    """The voxels of each label in a slice; a list of another length if there are others."""
-    return np.bincount(label.ravel(), minlength=len(LABELS)).tolist()
+def counts(label: np.ndarray, values: int) -> list[int]:
+    """The voxels of each value below `values` in a slice; a longer list if there are others."""
+    return np.bincount(label.ravel(), minlength=values).tolist()
 
 
 def compare(store: Path, options: Options, case: Case, source: Source | None) -> Result:
@@ -247,13 +248,13 @@ def ranges(numbers: Sequence[int]) -> str:
 
 def summary(store: Path, done: dict[str, Result], groups: dict[str, str]) -> int:
     """A table of the cases and a line with their numbers. Returns how many are not sound."""
-    table = cases_table(str(store), ["status"])
+    table = cases_table(str(store), list(regions_of(attributes_of(store))), ["status"])
     for name, result in sorted(done.items()):
         try:
             case = read_case(store, name)
         except UserError:
             case = None
-        table.add_row(*(case_row(case) if case else [name, *[""] * 7]), result.status)
+        add_case(table, name, case, result.status)
     console.print(table)
     tally: dict[str, int] = {"sound": 0}
     for result in done.values():

@@ -10,6 +10,7 @@ import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
 from .errors import UserError
+from .labels import in_order
 from .nifti import Convert, Header, turned_shape
 from .store import AXES, Case
 
@@ -113,10 +114,10 @@ def fits_int16(piece: np.ndarray) -> bool:
 
 
 def stored_label(mapping: Mapping[str, Sequence[int]], other: bool) -> Convert:
-    """The conversion of labels to uint8: 0 background, 1 organ, 2 tumour.
+    """The conversion of labels to uint8: 0 background, and each label of `mapping` its position there, from 1.
 
-    `mapping` names the source values of organ and tumour; what is neither is background if `other`, else an error,
-    and so are values that are not whole.
+    `mapping` names the source values of each label; what is none of them is background if `other`, else an error, and
+    so are values that are not whole.
     """
     return partial(_stored_label, mapping, other)
 
@@ -139,8 +140,8 @@ def _stored_label(
                 f"{path}: label {', '.join(map(str, unknown[:8]))} is not declared; "
                 "add it to --labels, or pass --other background"
             )
-        for stored, name in ((1, "organ"), (2, "tumour")):
-            for value in mapping.get(name, ()):
+        for stored, group in enumerate(in_order(mapping).values(), start=1):
+            for value in group:
                 result[start:end][piece == value] = stored
     return result, ""
 

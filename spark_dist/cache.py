@@ -13,7 +13,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from spark_dist.data.loader import Prefetcher
 from spark_dist.data.number_formats import ROUNDING, as_tensor, decode, encode
 from spark_dist.data.shared_memory import pack
 from spark_dist.teacher.targets import TeacherTargets
-from spark_dist.training.checks import check, check_network
+from spark_dist.training.checks import check, check_network, check_teacher_task
 from spark_dist.training.distributed import make_accelerator, shut_down
 from spark_dist.training.frozen_teacher import frozen_teacher, matching_cache
 from spark_dist.training.job import Job
@@ -50,8 +50,8 @@ class CacheOptions(DistillOptions):
 
     dataset: Path | None = None
     """Slice store made by spark-data prepare."""
-    task: Literal["organ", "tumour"] = "organ"
-    """What is segmented: the organ with its tumours, or the tumours."""
+    task: str = "organ"
+    """What is segmented: a region of the store, several, or all."""
     list: bool = False
     """Show the caches in the cache folder: what each belongs to, its size and age."""
     prune: Natural | None = None
@@ -75,8 +75,10 @@ def run(options: CacheOptions) -> None:
         if getattr(options, name) is None:
             raise UserError(f"--{name} says what the cache is for; give the options of the distill job, or --list")
     check(options)
+    store = open_store(options.dataset)
+    check_teacher_task(store, options)
     accelerator = make_accelerator()
-    job = Job(options, accelerator, open_store(options.dataset), null_tracker())
+    job = Job(options, accelerator, store, null_tracker())
     targets = targets_of(job)
     if options.verify:
         verify(job, targets, options.verify)
@@ -109,7 +111,7 @@ def fill(job: Job, targets: TeacherTargets) -> None:
     ]
     accelerator.wait_for_everyone()
     job.say(f"teacher cache {cache.folder}: {int((~cache.missing(keys)).sum())} of {len(keys)} entries there")
-    dataset = SliceDataset(job.transfer_table, o.slice_spec, views=o.slice_views)
+    dataset = SliceDataset(job.transfer_table, job.spec, views=o.slice_views)
     loader = Prefetcher(DataLoader(dataset, batch_sampler=mine, collate_fn=pack))
     flushed = time.monotonic()
     with progress_bar("teacher cache", len(mine), 0, accelerator.is_main_process) as advance:
@@ -143,7 +145,7 @@ def verify(job: Job, targets: TeacherTargets, count: int) -> None:
         raise UserError(f"{cache.folder}: holds no entry yet; fill it with the same command without --verify")
     chosen = np.random.default_rng().permutation(there)[:count]
     allowed = max(4 * ROUNDING[cache.layout.dtype], 1e-4)
-    dataset = SliceDataset(job.transfer_table, o.slice_spec, views=o.slice_views)
+    dataset = SliceDataset(job.transfer_table, job.spec, views=o.slice_views)
     worst, wrong, damaged = 0.0, 0, 0
     for key in chosen[accelerator.process_index :: accelerator.num_processes]:
         batch = to_device(dataset.__getitems__([int(key)]), dataset, accelerator.device)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from data_tools.errors import UserError
+from data_tools.labels import names_in
 from spark_dist.data.augmentation import Views
 from spark_dist.data.order import Order
 from spark_dist.data.slices import SliceTable
@@ -37,8 +38,9 @@ class DataOptions(Options):
 
     dataset: Path
     """Slice store made by spark-data prepare."""
-    task: Literal["organ", "tumour"]
-    """What is segmented: the organ with its tumours, or the tumours."""
+    task: str
+    """What is segmented: a region of the store (organ), several that exclude one another, where a later one wins over
+    an earlier (anterior,posterior), or all."""
     split: str = "default"
     """Name of the split in the store."""
     slices: Literal["labelled", "all"] = "labelled"
@@ -164,6 +166,7 @@ class TrainingOptions(
         super().__post_init__()
         if self.lr_min > self.lr:
             raise UserError(f"--lr-min ({self.lr_min:g}) must be at most --lr ({self.lr:g})")
+        self.task = ",".join(names_in(self.task))
 
     @property
     def slice_spec(self) -> SliceSpec:

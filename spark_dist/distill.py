@@ -107,7 +107,7 @@ def given_teacher(job: Job) -> Path:
     if not is_done(job, folder):
         network, card = load_network(path)
         # It is tested on this job's data, as this job sees them.
-        card = replace(card, dataset=job.options.dataset.stem, split=job.options.split, spec=job.options.slice_spec)
+        card = replace(card, dataset=job.options.dataset.stem, split=job.options.split, spec=job.spec)
         with stage_tracker(job, "teacher", card, network) as tracker:
             evaluate_on_test(job, "teacher", path, folder, tracker)
     return path

@@ -1,8 +1,9 @@
 """From a slice store to batches on the training device."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from data_tools.labels import Task
 from data_tools.shards import PendingSlice, damage_named
 
 from .augmentation import Views
@@ -38,7 +40,7 @@ class RawBatch(NamedTuple):
 class PendingBatch:
     """Slices and cache entries whose reads have been started, and the arrays of the batch that they are put into."""
 
-    spec: SliceSpec
+    task: Task
     views: Views
     names: list[str]
     """(N,) of the slices, for errors."""
@@ -57,7 +59,7 @@ class PendingBatch:
             label = None if self.labels[n] is None else self.labels[n].read().copy()
             image = self.images[n].read()
             label = np.zeros(image.shape, np.uint8) if label is None else label
-            target = self.spec.target(label) if self.views.anywhere else None
+            target = self.task.classes_of(label) > 0 if self.views.anywhere else None
             seen = self.views.of(row, number, image, label, self.batch["window"][n], target)
         self.batch["image"][n], self.batch["label"][n] = seen
         if self.views.in_window:
@@ -75,6 +77,7 @@ class SliceDataset(Dataset):
         """`views` are the orientations of the crop unless they are given."""
         self.table = table
         self.spec = spec
+        self.task = table.store.task(spec.task)
         self.views = views or Views(spec.crop, "flips")
         self.cache = cache
         self.reader = VoxelReader(table.store)
@@ -101,7 +104,7 @@ class SliceDataset(Dataset):
         arrays = self.arrays(np.result_type(*(case.dtype for case in cases)))
         batch = {name: empty_array((len(keys), *shape), dtype) for name, (shape, dtype) in arrays.items()}
         batch["window"][:], batch["keys"][:] = [case.window for case in cases], keys
-        return PendingBatch(self.spec, self.views, names, images, labels, entries, batch)
+        return PendingBatch(self.task, self.views, names, images, labels, entries, batch)
 
     def arrays(self, intensities: np.dtype) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """The arrays of a `RawBatch`: shape a sample and number format."""
@@ -127,7 +130,7 @@ class Batch(NamedTuple):
     image: Tensor
     """(N, 1, H, W) float32 in [−1, 1]."""
     mask: Tensor
-    """(N, 2, H, W) float32 one-hot: background, target; background where there is no ground truth."""
+    """(N, C, H, W) float32 one-hot: background, then the task's regions; background where there is no ground truth."""
     index: Tensor
     """(N,) int64 rows in the slice table."""
     known: Tensor | None
@@ -146,7 +149,7 @@ def to_device(raw: RawBatch, dataset: SliceDataset, device: torch.device) -> Bat
     (targets, damaged), table = raw.entries, dataset.table
     return Batch(
         image=windowed(image, window),
-        mask=one_hot(dataset.spec.target(label)),
+        mask=one_hot(label, dataset.task),
         index=keys // dataset.views.count,
         known=keys // dataset.views.count < table.with_ground_truth if table.with_ground_truth < len(table) else None,
         keys=raw.keys.numpy().copy(),
@@ -175,6 +178,12 @@ def windowed(image: Tensor, window: Tensor) -> Tensor:
     return result.clamp_(0, 1).mul_(2).sub_(1).unsqueeze(1)
 
 
-def one_hot(target: Tensor) -> Tensor:
-    """Which pixels are the target, (N, H, W) bool, to (N, 2, H, W) float: background, target."""
-    return torch.stack([~target, target], dim=1).float()
+def one_hot(label: Tensor, task: Task) -> Tensor:
+    """Stored labels (N, H, W) to the classes of a task, (N, C, H, W) float."""
+    regions = [any_of(label == value for value in values) for values in task.values]
+    return torch.stack([~any_of(regions), *regions], dim=1).float()
+
+
+def any_of(masks: Iterable[Tensor]) -> Tensor:
+    """Where any of some masks is true."""
+    return reduce(torch.logical_or, masks)

@@ -48,28 +48,34 @@ class SliceTable:
     def fingerprint(self) -> str:
         """A hash of the sources, windows and places of all slices."""
         facts = [[name, c.source, c.window, c.shape] for name in self.cases for c in [self.store.cases[name]]]
-        digest = hashlib.sha256(json.dumps([facts, self.store.attributes["labels"]], sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps([facts, *labels_of(self.store)], sort_keys=True).encode())
         digest.update(np.stack([self.case, self.slice]).astype(np.int64).tobytes())
         if self.unlabelled:
             digest.update(str(self.unlabelled).encode())
         return digest.hexdigest()[:16]
 
 
-def slice_table(store: Store, split: str, part: str, task: str, slices: str = "labelled") -> SliceTable:
-    """The slices of one part of a split: those with the task's target (`labelled`) or `all`.
+def labels_of(store: Store) -> list[Any]:
+    """Facts that stored labels follow from, and what regions are made of them, where any are declared."""
+    return [store.attributes[key] for key in ("labels", "regions") if key in store.attributes]
 
-    Raises `UserError` if there is none.
+
+def slice_table(store: Store, split: str, part: str, task: str, slices: str = "labelled") -> SliceTable:
+    """The slices of one part of a split: those with any of the task's regions (`labelled`) or `all`.
+
+    Raises `UserError` if there is none, or no such task.
     """
-    cases = part_of_split(store, split, part)
+    regions, cases = store.task(task).regions, part_of_split(store, split, part)
     rows = [
         (position, z)
         for position, name in enumerate(cases)
-        for z in (store.cases[name].task_slices(task) if slices == "labelled" else range(store.cases[name].shape[0]))
+        for case in [store.cases[name]]
+        for z in (case.slices_with(*regions) if slices == "labelled" else range(case.shape[0]))
     ]
     if not rows:
         raise UserError(
             f"{store.path}: the {part} part of split '{split}' has no slice with {task}; "
-            "make another split (spark-data split --name), or train the other task"
+            "make another split (spark-data split --name), or train another task"
         )
     case, index = np.array(rows, dtype=np.int32).T
     return SliceTable(store=store, cases=cases, case=case, slice=index)

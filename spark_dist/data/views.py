@@ -1,7 +1,7 @@
 """How a slice is seen: its target, its crop and its orientation."""
 
 from dataclasses import dataclass
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import cv2
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from data_tools.store import TASKS
+from data_tools.labels import names_in
 
 ORIENTATIONS = 8
 """The dihedral group D4: orientation = quarter turns + 4 × (flipped left to right first)."""
@@ -74,9 +74,6 @@ class Crop:
         return filled
 
 
-Voxels = TypeVar("Voxels", np.ndarray, Tensor)
-
-
 @dataclass(frozen=True)
 class SliceSpec:
     """How a network sees slices: what it segments, which part of the plane it is given, and what counts as predicted.
@@ -86,14 +83,20 @@ class SliceSpec:
     """
 
     task: str
-    """A key of `TASKS`."""
+    """The regions that are told apart, separated by commas: a class each, after the background (see `labels.Task`)."""
     crop: Crop
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Probability from which a voxel is predicted as the target."""
 
-    def target(self, label: Voxels) -> Voxels:
-        """Which voxels of stored labels (…) are the target, (…) bool."""
-        return label >= min(TASKS[self.task])
+    @property
+    def regions(self) -> tuple[str, ...]:
+        """The names of the regions, which are those of classes 1 to C − 1."""
+        return tuple(names_in(self.task))
+
+    @property
+    def classes(self) -> int:
+        """C, the background included."""
+        return 1 + len(self.regions)
 
 
 def orient(image: np.ndarray, orientation: int) -> np.ndarray:

@@ -1,23 +1,64 @@
 """Per-case metrics of a network on whole volumes."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
+from data_tools.errors import UserError
+from data_tools.labels import names_in
 from data_tools.store import Store
 from spark_dist.data.slices import VoxelReader
 from spark_dist.data.views import SliceSpec
 
-from .inference import covering, probabilities
+from .inference import covering, predicted_classes, probabilities
 from .intervals import summarise
 from .metrics import TOLERANCE, case_metrics
 
 LABELLED_THRESHOLD = 0.4
-"""Probability from which a voxel is the target in the original system's protocol, `labelled-slices`."""
+"""The threshold of the original system's protocol, `labelled-slices` (see `predicted_classes`)."""
+
+
+class Region(NamedTuple):
+    """A region that is measured, in the ground truth and in predictions."""
+
+    values: Sequence[int]
+    """Its stored values."""
+    classes: Sequence[int]
+    """The network's classes inside it."""
+
+
+def measured_regions(store: Store, spec: SliceSpec, task: str | None = None) -> dict[str, Region]:
+    """The regions of a network's task, or of another `task`, by their names in a store.
+
+    A network of one region may be measured on any other. Raises `UserError` for regions that the store does not have,
+    or that are no union of the network's classes.
+    """
+    if task not in (None, "all") and len(spec.regions) == 1:
+        (values,) = store.task(one_region(task)).regions.values()
+        return {task: Region(values, [1])}
+    trained, found = store.task(spec.task), {}
+    wanted = list(spec.regions) if task is None else list(store.regions) if task == "all" else names_in(task)
+    for name in wanted:
+        (values,) = store.task(name).regions.values()
+        try:
+            found[name] = Region(values, trained.inside(values))
+        except ValueError:
+            if task != "all":
+                raise UserError(
+                    f"--task {task}: '{name}' is no union of the network's classes, which are {', '.join(spec.regions)}"
+                ) from None
+    return found
+
+
+def one_region(task: str) -> str:
+    """A task of one region. Raises `UserError` for several."""
+    if len(names_in(task)) > 1:
+        raise UserError(f"--task {task}: the network tells one region from the background; name one")
+    return task
 
 
 def evaluate_cases(
@@ -27,40 +68,57 @@ def evaluate_cases(
     cases: Sequence[str],
     spec: SliceSpec,
     tolerance: float | None = TOLERANCE,
+    regions: Mapping[str, Region] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Every case's metrics, by case name, the same on every process.
+    """Every case's metrics, by case name, the same on every process (see `case_metrics`); of several `regions`, which
+    are the task's if not given, each metric's mean over them, and behind a dot its value for each, `dice.anterior`.
 
     Cases are shared among the processes and each is predicted whole by one of them, so that the metrics do not depend
     on how many there are. Both protocols: `volume` at `spec.threshold` over whole planes, and `labelled-slices` at
     `LABELLED_THRESHOLD`. `tolerance` (mm) is that of the surface Dice; None leaves out the metrics of surfaces, which
     take longest.
     """
-    reader = VoxelReader(store)
+    reader, regions = VoxelReader(store), regions or measured_regions(store, spec)
     own = {}
     for name in shares(store, cases, accelerator.num_processes)[accelerator.process_index]:
         case = store.cases[name]
-        image, ground_truth = reader.case(name, "image"), spec.target(reader.case(name, "label"))
-        target = probabilities(network, image, case.window, spec)[0]
-        labelled = labelled_slices(network, image, ground_truth, target, case.window, spec)
-        own[name] = case_metrics(target >= spec.threshold, ground_truth, case.spacing, labelled, tolerance)
+        image, label = reader.case(name, "image"), reader.case(name, "label")
+        shown = np.isin(label, [value for region in regions.values() for value in region.values]).any(axis=(1, 2))
+        whole, labelled = both_protocols(network, image, shown, case.window, spec)
+        found = {
+            region: case_metrics(
+                np.isin(whole, classes), np.isin(label, values), case.spacing, np.isin(labelled, classes), tolerance
+            )
+            for region, (values, classes) in regions.items()
+        }
+        own[name] = over_regions(found)
     return dict(sorted(item for part in gather_object([own]) for item in part.items()))
 
 
-def labelled_slices(
-    network: nn.Module,
-    image: np.ndarray,
-    ground_truth: np.ndarray,
-    target: np.ndarray,
-    window: Sequence[float],
-    spec: SliceSpec,
-) -> np.ndarray:
-    """The prediction (Z, H, W) bool of the protocol `labelled-slices`: of the training's crop alone, as the original
-    system saw slices, and only where there is ground truth; `target` are the probabilities over whole planes."""
-    if covering(spec.crop, image.shape[1:], network.stride) != spec.crop:
-        shown, target = ground_truth.any(axis=(1, 2)), np.zeros_like(target)
-        if shown.any():
-            target[shown] = probabilities(network, image[shown], window, spec, whole=False)[0]
-    return target >= LABELLED_THRESHOLD
+def both_protocols(
+    network: nn.Module, image: np.ndarray, shown: np.ndarray, window: Sequence[float], spec: SliceSpec
+) -> tuple[np.ndarray, np.ndarray]:
+    """The predicted classes (Z, H, W) of the protocol `volume`, and those of `labelled-slices`: of the training's crop
+    alone, as the original system saw slices, and only in those that are `shown` (Z,)."""
+    found = probabilities(network, image, window, spec)
+    whole = predicted_classes(found, spec.threshold)
+    if covering(spec.crop, image.shape[1:], network.stride) == spec.crop:
+        return whole, predicted_classes(found, LABELLED_THRESHOLD)
+    labelled = np.zeros_like(whole)
+    if shown.any():
+        found = probabilities(network, image[shown], window, spec, whole=False)
+        labelled[shown] = predicted_classes(found, LABELLED_THRESHOLD)
+    return whole, labelled
+
+
+def over_regions(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """A case's metrics from those of its regions: the only region's; of several, the means over them, infinite where
+    one is missed, and behind them each region's own."""
+    first, *others = found.values()
+    if not others:
+        return dict(first)
+    means = {key: float(np.mean([metrics[key] for metrics in found.values()])) for key in first}
+    return means | {f"{key}.{region}": value for region, metrics in found.items() for key, value in metrics.items()}
 
 
 def shares(store: Store, cases: Sequence[str], world: int) -> list[list[str]]:

@@ -1,6 +1,7 @@
 """Drawings for people: predictions beside the ground truth, and curves."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,20 +11,23 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import nn
 
+from data_tools.labels import fullest
 from data_tools.ownership import MADE_BY
-from data_tools.store import TASKS, Store
+from data_tools.store import Store
 from spark_dist.data.slices import VoxelReader
 from spark_dist.data.views import SliceSpec
 
-from .inference import probabilities
+from .inference import predicted_classes, probabilities
 from .metrics import dice, overlap_counts
 
-COLOURS = {"target": "#35c2b0", "missed": "#f2b134", "predicted where there is none": "#e8553e"}
+REGIONS = ("#35c2b0", "#6ea8ff", "#c58cff", "#9be15d", "#ff8ecb", "#c9a27a", "#5fd3ff", "#b5b5ff")
+"""Colours of the classes in turn."""
+TARGET, MISSED, WRONG = REGIONS[0], "#f2b134", "#e8553e"
+ERRORS = {"missed": MISSED, "predicted where there is none": WRONG}
 FORMATS = frozenset(Figure().canvas.get_supported_filetypes())
 """Endings of the files that figures can be written to."""
 SOFTWARE = {".png": "Software", ".svg": "Creator", ".pdf": "Creator", ".eps": "Creator", ".ps": "Creator"}
 """The field of a file's metadata that names the program which made it."""
-TARGET, MISSED, WRONG = COLOURS.values()
 
 
 class PredictedSlice(NamedTuple):
@@ -33,49 +37,63 @@ class PredictedSlice(NamedTuple):
     image: np.ndarray
     """(H, W) in [0, 1]."""
     ground_truth: np.ndarray
-    """(H, W) bool."""
+    """(H, W) classes."""
     predictions: dict[str, tuple[np.ndarray, float]]
-    """By network: (H, W) bool, and its Dice in this slice."""
+    """By network: (H, W) classes, and its Dice in this slice, the mean over the classes but the background."""
 
 
 def draw_predictions(
     store: Store, cases: Sequence[str], spec: SliceSpec, networks: Mapping[str, nn.Module], path: Path, rows: int = 4
 ) -> None:
     """Image, ground truth and each network's prediction in the fullest slice of up to `rows` of the cases."""
-    reader = VoxelReader(store)
+    reader, task = VoxelReader(store), store.task(spec.task)
     shown = []
     for position in np.unique(np.linspace(0, len(cases) - 1, min(rows, len(cases))).astype(int)):
         case = store.cases[cases[position]]
-        z = int(case.label_counts[:, TASKS[spec.task]].sum(axis=1).argmax())
+        z = int(fullest(case.voxels(*task.regions))[0])
         image, label = (reader.slice(case.name, kind, z)[np.newaxis] for kind in ("image", "label"))
-        ground_truth = spec.target(label)
+        ground_truth = task.classes_of(label)
         predictions = {}
         for name, network in networks.items():
-            predicted = probabilities(network, image, case.window, spec)[0] >= spec.threshold
-            predictions[name] = (predicted[0], float(dice(overlap_counts(predicted, ground_truth).sum(axis=0))))
+            predicted = predicted_classes(probabilities(network, image, case.window, spec), spec.threshold)
+            scores = [
+                dice(overlap_counts(predicted == number, ground_truth == number).sum(axis=0))
+                for number in range(1, task.classes)
+            ]
+            predictions[name] = (predicted[0], float(np.mean(scores)))
         low, high = case.window
         grey = np.clip((image[0].astype(np.float32) - low) / (high - low), 0, 1)
         shown.append(PredictedSlice(f"{case.name}, slice {z}", grey, ground_truth[0], predictions))
-    prediction_figure(shown, path)
+    prediction_figure(shown, path, spec.regions)
 
 
-def prediction_figure(slices: Sequence[PredictedSlice], path: Path) -> None:
-    """A grid of image, ground truth and one column for each network, a row for each slice."""
+def prediction_figure(slices: Sequence[PredictedSlice], path: Path, regions: Sequence[str] = ("target",)) -> None:
+    """A grid of image, ground truth and one column for each network, a row for each slice; `regions` are the names of
+    the classes but the background."""
+    several = len(regions) > 1
+    colours = dict(zip(regions if several else ["target"], cycle(REGIONS), strict=False))
+    errors = {"predicted, and is none or another" if several and c == WRONG else e: c for e, c in ERRORS.items()}
     columns = 2 + len(slices[0].predictions)
     figure = Figure(figsize=(2.3 * columns, 2.45 * len(slices) + 0.5), layout="constrained", facecolor="white")
     axes = figure.subplots(len(slices), columns, squeeze=False)
     for row, line in zip(slices, axes, strict=True):
-        box = around(row.ground_truth | np.any([p for p, _ in row.predictions.values()], axis=0))
+        box = around((row.ground_truth > 0) | np.any([p > 0 for p, _ in row.predictions.values()], axis=0))
         image, ground_truth = row.image[box], row.ground_truth[box]
         draw(line[0], image, [], row.name)
-        draw(line[1], image, [(ground_truth, TARGET)], "ground truth")
+        draw(line[1], image, parts_of(ground_truth, colours), "ground truth")
         for axis, (name, (prediction, score)) in zip(line[2:], row.predictions.items(), strict=True):
             prediction = prediction[box]
-            right, wrong, missed = prediction & ground_truth, prediction & ~ground_truth, ground_truth & ~prediction
-            draw(axis, image, [(right, TARGET), (wrong, WRONG), (missed, MISSED)], f"{name}: Dice {score:.3f}")
-    patches = [Patch(color=colour, label=label) for label, colour in COLOURS.items()]
+            right = parts_of(np.where(prediction == ground_truth, prediction, 0), colours)
+            wrong, missed = (prediction > 0) & (prediction != ground_truth), (ground_truth > 0) & (prediction == 0)
+            draw(axis, image, [*right, (wrong, WRONG), (missed, MISSED)], f"{name}: Dice {score:.3f}")
+    patches = [Patch(color=colour, label=label) for label, colour in (colours | errors).items()]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=8, frameon=False)
     save(figure, path)
+
+
+def parts_of(classes: np.ndarray, colours: Mapping[str, str]) -> list[tuple[np.ndarray, str]]:
+    """Where each class but the background is, with its colour."""
+    return [(classes == number, colour) for number, colour in enumerate(colours.values(), start=1)]
 
 
 def draw(axis, image: np.ndarray, parts: Sequence[tuple[np.ndarray, str]], title: str) -> None:

@@ -29,6 +29,20 @@ def probabilities(
     return result
 
 
+def predicted_classes(probabilities: np.ndarray, threshold: float) -> np.ndarray:
+    """The class of each voxel (…) uint8, from the probabilities (C − 1, …) of all but the background.
+
+    The most probable class but the background wins if it is at least threshold / (1 − threshold) times as probable as
+    the background: at 0.5 this is the most probable class of all, and with two classes the target where its probability
+    is at least the threshold.
+    """
+    if len(probabilities) == 1:
+        return (probabilities[0] >= threshold).astype(np.uint8)
+    best = probabilities.max(axis=0)
+    others = probabilities.sum(axis=0) - best
+    return np.where(best >= threshold * (1 - others), 1 + probabilities.argmax(axis=0), 0).astype(np.uint8)
+
+
 @torch.no_grad()
 def class_probabilities(
     network: nn.Module,

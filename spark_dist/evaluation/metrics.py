@@ -3,7 +3,8 @@
 The target of a prediction and of the ground truth are boolean volumes (Z, H, W). A case's metrics are a flat dict:
 dice, voe, rvd, false_positive_ml, hd, hd95, assd and surface_dice of the protocol `volume` (all slices), and
 dice_labelled, voe_labelled and rvd_labelled of the protocol `labelled-slices` (only slices that show the target, which
-is how the original system measured).
+is how the original system measured). Where a network tells several regions apart, these are the means over them, and
+`dice.anterior` is that of one.
 """
 
 import json

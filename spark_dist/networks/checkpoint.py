@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from data_tools.errors import UserError, unknown_name
 from data_tools.files import write_atomically
+from data_tools.labels import NAME
 from data_tools.scans import Preparation
-from data_tools.store import TASKS
 from spark_dist.data.views import SliceSpec
 
 from . import NETWORKS, build_network
@@ -30,6 +30,7 @@ class ModelCard:
     width: PositiveFloat
     """Factor on the network's number of filters."""
     classes: PositiveInt = 2
+    """The background, and one for each region of `spec`."""
     in_channels: PositiveInt = 1
     method: str = "none"
     """The distillation method that it was taught by."""
@@ -117,9 +118,11 @@ def _parse_card(text: str) -> ModelCard:
         first = error.errors()[0]
         found = "" if first["type"] == "missing" else f", not {first['input']!r:.60}"
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}{found}".removeprefix(": ")) from None
-    for field, value, known in (("network", card.network, NETWORKS), ("spec.task", card.spec.task, TASKS)):
-        if value not in known:
-            raise ValueError(f"{field}: {unknown_name(field, value, known)}")
+    if card.network not in NETWORKS:
+        raise ValueError(f"network: {unknown_name('network', card.network, NETWORKS)}")
+    names = card.spec.task.split(",")
+    if not all(NAME.fullmatch(name) for name in names) or len(names) + 1 != card.classes:
+        raise ValueError(f"spec.task: {card.spec.task!r:.60} are no names of {card.classes - 1} regions")
     return card
 
 

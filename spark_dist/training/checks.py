@@ -129,15 +129,24 @@ def check_pair(options: DistillOptions) -> None:
 
 
 def check_given_teacher(options: DistillOptions) -> None:
-    """Raises `UserError` for a checkpoint of another network or task than the options say."""
+    """Raises `UserError` for a checkpoint of another network than the options say."""
     path = options.teacher_checkpoint
     card = load_card(path)
-    for option, found in (("teacher", card.network), ("task", card.spec.task)):
-        if getattr(options, option) != found:
-            raise UserError(
-                f"{path}: holds a {card.network} for task {card.spec.task}, "
-                f"but --{option} says {getattr(options, option)}"
-            )
+    if options.teacher != card.network:
+        raise UserError(
+            f"{path}: holds a {card.network} for task {card.spec.task}, but --teacher says {options.teacher}"
+        )
+
+
+def check_teacher_task(store: Store, options: DistillOptions) -> None:
+    """Raises `UserError` for a checkpoint of another task than the options say."""
+    path = options.teacher_checkpoint
+    card, wanted = load_card(path), tuple(store.task(options.task).regions)
+    if card.spec.regions != wanted:
+        raise UserError(
+            f"{path}: holds a {card.network} for task {card.spec.task}, but --task says {options.task}"
+            + (f" ({','.join(wanted)})" if options.task == "all" else "")
+        )
 
 
 def check_rounds(rounds: int, epochs: int, teacher_epochs: int) -> None:

@@ -65,7 +65,7 @@ def matching_cache(job: Job, targets: TeacherTargets, card: ModelCard) -> Teache
     """The cache of this teacher, method, crop and data; `card` is the teacher's."""
     o, crop = job.options, job.options.slice_spec.crop
     table, views = job.transfer_table, o.slice_views
-    probe, shapes = probe_targets(targets.distiller, targets.teacher.taps, crop.size)
+    probe, shapes = probe_targets(targets.distiller, targets.teacher.taps, crop.size, job.spec.classes)
     if targets.predicts:
         shapes[PREDICTION] = list(crop.size)
     description = {
@@ -80,7 +80,7 @@ def matching_cache(job: Job, targets: TeacherTargets, card: ModelCard) -> Teache
         "dataset": o.dataset.stem,
         "slices": table.fingerprint,
         "views": {**asdict(views), "count": views.count} if views.drawn else sorted(views.orientations),
-        "task": o.task,
+        "task": job.spec.task,
         "dtype": o.cache_dtype,
         "mixed_precision": job.accelerator.mixed_precision,
     }
@@ -98,7 +98,7 @@ def choose_cache(job: Job, targets: TeacherTargets, cache: TeacherCache, epochs:
     o, accelerator, device = job.options, job.accelerator, job.accelerator.device
     order, table = o.order(job.transfer_table), job.transfer_table
     keys = np.array([row * cache.layout.views + (row + 1) % cache.layout.views for row in range(min(4, len(table)))])
-    dataset = SliceDataset(table, o.slice_spec, views=o.slice_views)
+    dataset = SliceDataset(table, job.spec, views=o.slice_views)
     batch = to_device(dataset.__getitems__(keys), dataset, device)
     found = try_cache(targets, cache, batch)
     forward, read = accelerator.reduce(torch.tensor([found.forward, found.read], device=device), "mean").tolist()

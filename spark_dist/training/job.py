@@ -3,7 +3,7 @@
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from data_tools.store import Store, open_store
 from spark_dist.config import TrainingOptions
 from spark_dist.data.identity import split_fingerprints
 from spark_dist.data.slices import SliceTable, slice_table, with_unlabelled
+from spark_dist.data.views import SliceSpec
 from spark_dist.networks.checkpoint import load_network
 from spark_dist.teacher.fingerprint import weights_hash
 
-from .checks import check_crop, check_shares, check_teacher_cases
+from .checks import check_crop, check_shares, check_teacher_cases, check_teacher_task
 from .distributed import by_main, listen_for_stop, make_accelerator, shut_down
 from .folder import check_folder, claim, plain
 from .journal import finished
@@ -40,6 +41,11 @@ class Job:
     @property
     def folder(self) -> Path:
         return self.options.folder
+
+    @cached_property
+    def spec(self) -> SliceSpec:
+        """How slices are seen, with the regions of the task by their names."""
+        return replace(self.options.slice_spec, task=",".join(self.store.task(self.options.task).regions))
 
     @cached_property
     def table(self) -> SliceTable:
@@ -70,11 +76,14 @@ def open_job(options: TrainingOptions, tags: Mapping[str, Any]) -> Iterator[Job]
     or data.
     """
     store = open_store(options.dataset)
+    task = ",".join(store.task(options.task).regions)
     for part in ("train", "val", "test"):
         slice_table(store, options.split, part, options.task)
     table = training_table(store, options)
     check_crop(store, options)
     teacher = getattr(options, "teacher_checkpoint", None)
+    if teacher:
+        check_teacher_task(store, options)
     warning = check_teacher_cases(store, options) if teacher else ""
     listen_for_stop()
     accelerator = make_accelerator(options.accumulate, options.clip, options.timeout_minutes)
@@ -85,7 +94,7 @@ def open_job(options: TrainingOptions, tags: Mapping[str, Any]) -> Iterator[Job]
         check_shares(options, with_unlabelled(table, options.split), accelerator.num_processes)
     data = split_fingerprints(store, options.split)
     facts = {"world_size": accelerator.num_processes, "git_commit": git_commit(), "seed": options.seed}
-    facts |= {"dataset": options.dataset.stem, "task": options.task, "data": fingerprint(data), **tags}
+    facts |= {"dataset": options.dataset.stem, "task": task, "data": fingerprint(data), **tags}
     with ExitStack() as stack:
 
         def enter() -> None:

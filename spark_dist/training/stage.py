@@ -13,7 +13,7 @@ from data_tools.errors import UserError
 from data_tools.export import source_values
 from data_tools.files import write_text
 from data_tools.scans import Preparation
-from data_tools.store import TASKS, Store
+from data_tools.store import Store
 from spark_dist.config import TrainingOptions
 from spark_dist.data.batches import SliceDataset, support_set
 from spark_dist.data.identity import image_fingerprint
@@ -99,11 +99,11 @@ def build(job: Job, stage: Stage) -> nn.Module:
     """
     options = job.options
     set_seed(options.seed)
-    network = build_network(stage.network, width=stage.width)
+    network = build_network(stage.network, classes=job.spec.classes, width=stage.width)
     if stage.pretrained:
         load_pretrained(network, stage.pretrained)
     if hasattr(network, "set_support"):
-        images, masks, names = support_set(job.table, options.slice_spec, options.support_slices, options.seed)
+        images, masks, names = support_set(job.table, job.spec, options.support_slices, options.seed)
         network.set_support(images, masks)
         job.say(f"{stage.network}: support set of {len(names)} training slices, listed in {job.folder}/support.txt")
         if job.accelerator.is_main_process:
@@ -118,21 +118,24 @@ def model_card(job: Job, stage: Stage) -> ModelCard:
     return ModelCard(
         network=stage.network,
         width=stage.width,
+        classes=job.spec.classes,
         method=stage.method,
         seed=options.seed,
         dataset=options.dataset.stem,
         store=job.store.fingerprint(),
         split=options.split,
         trained_on=trained_on(job),
-        spec=options.slice_spec,
+        spec=job.spec,
         preparation=Preparation.of_store(job.store.attributes),
-        label_values=label_values(job.store, options.task),
+        label_values=label_values(job.store, job.spec.task),
     )
 
 
 def label_values(store: Store, task: str) -> tuple[int, ...]:
-    """The value of a task's target in the label files that a store was made of: its first, where it has several."""
-    return (int(source_values(store.attributes["labels"])[min(TASKS[task])]),)
+    """The value of each class of a task but the background in the label files that a store was made of: its first,
+    where it has several."""
+    values = source_values(store.attributes["labels"])
+    return tuple(int(values[min(stored)]) for stored in store.task(task).values)
 
 
 def stage_tracker(job: Job, role: str, card: ModelCard, network: nn.Module) -> AbstractContextManager[Tracker]:
@@ -159,7 +162,7 @@ def stage_loader(job: Job, targets: TeacherTargets) -> Prefetcher:
     sampler = EpochSampler(
         options.order(table), accelerator.process_index, accelerator.num_processes, options.accumulate
     )
-    dataset = SliceDataset(table, options.slice_spec, targets.cache, options.slice_views)
+    dataset = SliceDataset(table, job.spec, targets.cache, options.slice_views)
     return training_loader(dataset, sampler, options.workers)
 
 

@@ -25,8 +25,7 @@ def validation(job: Job) -> Validate:
     cases = job.store.split(job.options.split, "val")
 
     def validate(network: nn.Module) -> dict[str, float]:
-        spec = job.options.slice_spec
-        metrics = evaluate_cases(job.accelerator, network, job.store, cases, spec, tolerance=None)
+        metrics = evaluate_cases(job.accelerator, network, job.store, cases, job.spec, tolerance=None)
         return {f"val/{key}": s["mean"] for key, s in summaries(metrics).items() if key.startswith("dice")}
 
     return validate
@@ -39,7 +38,7 @@ def evaluate_on_test(
 
     What is in the folder already, from before a kill, is only logged again.
     """
-    spec, device = job.options.slice_spec, job.accelerator.device
+    spec, device = job.spec, job.accelerator.device
     network = load_network(checkpoint)[0].to(device)
     cases = job.store.split(job.options.split, "test")
     file, picture = folder / "test_cases.json", folder / "predictions.png"

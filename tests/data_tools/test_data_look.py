@@ -3,7 +3,6 @@
 import re
 import shutil
 from html.parser import HTMLParser
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from matplotlib.image import imread
 from data_tools.cli import main
 from data_tools.preview import COLOURS, chosen_slices
 from data_tools.stats import count_intensities, measures
-from data_tools.store import TASKS, create_store, open_store, write_case
+from data_tools.store import Case, create_store, open_store, write_case
 
 
 class Page(HTMLParser):
@@ -44,7 +43,7 @@ def test_preview(tiny_store, tmp_path, capsys):
     assert page.links == [f"sheets/case_{k:05}.png" for k in (0, 0, 1, 1)]
     assert all((out / link).exists() for link in page.links)
     case = open_store(tiny_store).cases["case_00000"]
-    assert float(page.figures[0]["data-tumour"]) == pytest.approx(case.volume_ml("tumour"), rel=1e-4)
+    assert float(page.figures[0]["data-volume1"]) == pytest.approx(case.volume_ml("tumour"), rel=1e-4)
     assert "default train" in page.figures[0]["data-text"].replace(":", "")
     # A later call draws other cases, and the page has all that were drawn.
     assert main(["preview", str(tiny_store), "--out", str(out), "--only", "case_00007"]) == 0
@@ -70,7 +69,8 @@ def test_sheets_outline_what_there_is(tmp_path):
     assert main(["stats", str(path), "--out", str(tmp_path / "stats.png")]) == 0
     for name, shown in (("unlabelled", set()), ("none", set()), ("organ", {"organ"}), ("tumour", {"organ", "tumour"})):
         picture = imread(tmp_path / "sheets" / f"{name}.png")
-        assert {task for task, colour in COLOURS.items() if pixels_near(picture, colour) > 50} == shown
+        colours = dict(zip(("organ", "tumour"), COLOURS, strict=False))
+        assert {region for region, colour in colours.items() if pixels_near(picture, colour) > 50} == shown
 
 
 @pytest.mark.parametrize("count", [1, 4, 10])
@@ -78,17 +78,21 @@ def test_slices_with_most_tumour_are_chosen(count):
     counts = np.zeros((100, 3), int)
     counts[20:80, 1] = 50
     counts[40:50, 2] = np.arange(10) + 1
-    case = SimpleNamespace(shape=(100, 8, 8), label_counts=counts, labelled=True)
-    chosen = chosen_slices(case, count)
+
+    def case(counts, depth):
+        regions = {"organ": (1, 2), "tumour": (2,)}
+        return Case("a", (depth, 8, 8), "int16", np.eye(4), (1, 1, 1), (0, 1), counts, {}, regions)
+
+    chosen = chosen_slices(case(counts, 100), count)
     assert chosen == sorted(set(chosen))
     assert len(chosen) == count
     assert 49 in chosen
     assert all(20 <= z < 80 for z in chosen)
     assert min(np.diff(chosen), default=9) >= 5
     counts[:, 1:] = 0
-    assert chosen_slices(case, 3) == [0, 50, 99]
-    assert chosen_slices(SimpleNamespace(shape=(2, 8, 8), label_counts=counts[:2], labelled=True), 10) == [0, 1]
-    assert chosen_slices(SimpleNamespace(shape=(9, 8, 8), label_counts=counts[:0], labelled=False), 3) == [0, 4, 8]
+    assert chosen_slices(case(counts, 100), 3) == [0, 50, 99]
+    assert chosen_slices(case(counts[:2], 2), 10) == [0, 1]
+    assert chosen_slices(case(counts[:0], 9), 3) == [0, 4, 8]
 
 
 def test_damage_is_one_line_with_the_case(tiny_store, tmp_path, capsys):
@@ -106,7 +110,8 @@ def test_stats(tiny_store, tmp_path, capsys):
     out = capsys.readouterr().out
     store = open_store(tiny_store)
     rows = {line.split("  ")[1].strip(): line.split() for line in out.splitlines() if line.startswith("  ")}
-    assert rows["default: train"][2:5] == ["5", "5", str(sum(store.cases[f"case_{k:05}"].shape[0] for k in range(5)))]
+    slices = sum(store.cases[f"case_{k:05}"].shape[0] for k in range(5))
+    assert rows["default: train"][2:8] == [str(n) for n in (5, slices, 5, slices - 5, 5, slices - 10)]
     assert rows["rows"][1:5] == ["11", "40", "45", "50"]
     picture = imread(tmp_path / "new" / "stats.png")
     assert picture.shape[1] > 1000
@@ -132,8 +137,8 @@ def test_measures(tiny_store):
     case = open_store(tiny_store).cases["case_00002"]
     label = zarr.open_array(tiny_store / "cases" / "case_00002" / "label", mode="r")[...]
     found = measures(case)
-    for task, values in TASKS.items():
-        assert found[f"{task} ml"] == pytest.approx(np.isin(label, values).sum() * 3 * 0.8 * 0.7 / 1000)
+    for region, values in {"organ": (1, 2), "tumour": (2,)}.items():
+        assert found[f"{region} ml"] == pytest.approx(np.isin(label, values).sum() * 3 * 0.8 * 0.7 / 1000)
     assert (found["slices"], found["rows"], found["slice spacing mm"]) == (7, 42, 3)
 
 
@@ -146,7 +151,7 @@ def test_a_case_of_one_slice_row_or_column_is_drawn(tmp_path):
         write_case(tmp_path / "s.zarr", name, np.zeros(shape, np.int16), label, facts)
     assert main(["preview", str(tmp_path / "s.zarr"), "--out", str(tmp_path / "look")]) == 0
     for name in ("slice", "row", "column"):
-        assert pixels_near(imread(tmp_path / "look/sheets" / f"{name}.png"), COLOURS["organ"]) > 20, name
+        assert pixels_near(imread(tmp_path / "look/sheets" / f"{name}.png"), COLOURS[0]) > 20, name
 
 
 @pytest.mark.parametrize("taken", ["index.html", "sheets/case_00001.png"])

@@ -18,7 +18,8 @@ from nifti_cases import AFFINE, all_but_identity, all_files, at_world_places, re
 
 from data_tools.cli import main
 from data_tools.errors import UserError
-from data_tools.options import default_window, parse_labels, parse_window
+from data_tools.labels import parse_labels
+from data_tools.options import default_window, parse_window
 from data_tools.store import open_store
 
 LABELS = ("--labels", "organ=1,tumour=2")
@@ -62,8 +63,8 @@ def test_kits(kits, prepare, tmp_path):
             assert case.source[key]["file"] == source.name
         assert case.spacing == pytest.approx((2.5, 0.7, 0.8))
         assert case.window == (-200, 300)
-        assert len(case.task_slices("organ")) == 4
-        assert len(case.task_slices("tumour")) == 1
+        assert len(case.slices_with("organ")) == 4
+        assert len(case.slices_with("tumour")) == 1
 
 
 @pytest.mark.parametrize("axes", ["RAS", "LPS", "IPL", "SAR", "PIR"])
@@ -531,17 +532,37 @@ def test_a_worker_that_is_killed_is_told_of(thirty, tmp_path):
         ("organ=1,tumour=2", {"organ": [1], "tumour": [2]}),
         ("organ=1+3", {"organ": [1, 3]}),
         (" tumour=2, organ=1 ", {"organ": [1], "tumour": [2]}),
+        ("posterior=2,anterior=1", {"posterior": [2], "anterior": [1]}),
+        ("Leber=-1, left_kidney=3+4,l.1-b=7", {"Leber": [-1], "left_kidney": [3, 4], "l.1-b": [7]}),
     ],
 )
 def test_labels(text, mapping):
-    assert parse_labels(text) == mapping
+    assert list(parse_labels(text).items()) == list(mapping.items())
 
 
 @pytest.mark.parametrize(
-    "text", ["", "organ", "organ=", "organ=x", "liver=1", "tumour=2", "organ=1,tumour=1", "organ=0", "organ=1,organ=2"]
+    ("text", "message"),
+    [
+        ("", "write it like"),
+        ("organ", "write it like"),
+        ("organ=", "write it like"),
+        ("organ=x", "write it like"),
+        ("organ=0", "write it like"),
+        ("organ=1_0", "write it like"),
+        ("organ=1+", "write it like"),
+        ("=1", "write it like"),
+        ("1st=1", "'1st' can't be a name"),
+        ("left kidney=1", "'left kidney' can't be a name"),
+        ("all=1", "'all' can't be a name"),
+        ("background=1", "'background' can't be a name"),
+        ("organ=1,tumour=1", r"value 1 is given more than once \(organ, tumour\); labels can't overlap"),
+        ("organ=1+1", r"value 1 is given more than once \(organ\)"),
+        ("organ=1,organ=2", "'organ' is there twice"),
+        (",".join(f"l{k}={k}" for k in range(1, 257)), "256 labels, and a store has 255 at most"),
+    ],
 )
-def test_labels_that_are_none(text):
-    with pytest.raises(UserError, match="--labels"):
+def test_labels_that_are_none(text, message):
+    with pytest.raises(UserError, match=f"--labels.*{message}"):
         parse_labels(text)
 
 

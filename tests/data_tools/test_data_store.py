@@ -12,7 +12,11 @@ from nifti_cases import read, rewrite_json
 from data_tools.errors import UserError
 from data_tools.store import create_store, delete_case, open_store, write_case, write_split
 
-FACTS = {"labels": {"organ": [1]}, "window": {"kind": "fixed", "low": -200, "high": 300}, "layout": "kits"}
+FACTS = {
+    "labels": {"organ": [1], "tumour": [2]},
+    "window": {"kind": "fixed", "low": -200, "high": 300},
+    "layout": "kits",
+}
 
 
 @pytest.fixture
@@ -106,8 +110,8 @@ def test_label_counts(path):
     write_case(path, "a", np.zeros((4, 3, 3), np.int16), label, full())
     case = open_store(path).cases["a"]
     assert case.label_counts.tolist() == [[9, 0, 0], [8, 1, 0], [7, 1, 1], [8, 0, 1]]
-    assert case.task_slices("organ").tolist() == [1, 2, 3]
-    assert case.task_slices("tumour").tolist() == [2, 3]
+    assert case.slices_with("organ").tolist() == [1, 2, 3]
+    assert case.slices_with("tumour").tolist() == [2, 3]
 
 
 def full():
@@ -159,7 +163,7 @@ def test_a_case_without_labels(path):
     case = open_store(path).cases["a"]
     assert not case.labelled
     assert case.label_counts.shape == (0, 3)
-    assert not len(case.task_slices("organ"))
+    assert not len(case.slices_with("organ"))
     assert not (path / "cases" / "a" / "label").exists()
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from spark_dist.data.views import Crop, SliceSpec
-from spark_dist.evaluation.cases import LABELLED_THRESHOLD, labelled_slices
+from spark_dist.evaluation.cases import LABELLED_THRESHOLD, both_protocols
 from spark_dist.evaluation.inference import covering, probabilities
 from spark_dist.networks import NetworkOutput, build_network
 
@@ -54,12 +54,13 @@ def test_a_target_outside_the_crop_is_found(crop):
 def test_the_protocol_of_labelled_slices_keeps_the_crop():
     image, ground_truth = volume()
     network, spec = Bright(), SliceSpec("organ", Crop((16, 16)))
-    whole = probabilities(network, image, WINDOW, spec)[0]
-    assert not labelled_slices(network, image, ground_truth, whole, WINDOW, spec).any()
+    target = probabilities(network, image, WINDOW, spec)[0]
+    whole, labelled = both_protocols(network, image, ground_truth.any(axis=(1, 2)), WINDOW, spec)
+    assert np.array_equal(whole, target >= spec.threshold)
+    assert not labelled.any()
     large = SliceSpec("organ", Crop((64, 56)))
-    assert np.array_equal(
-        labelled_slices(network, image, ground_truth, whole, WINDOW, large), whole >= LABELLED_THRESHOLD
-    )
+    _, labelled = both_protocols(network, image, ground_truth.any(axis=(1, 2)), WINDOW, large)
+    assert np.array_equal(labelled, target >= LABELLED_THRESHOLD)
 
 
 @pytest.mark.parametrize(
