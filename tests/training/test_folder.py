@@ -6,6 +6,8 @@ import random
 import shutil
 import signal
 import time
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -214,13 +216,21 @@ def assert_same(a, b):
     assert all(torch.equal(a[stage][key], value) for stage, tensors in b.items() for key, value in tensors.items())
 
 
+class Whole(NamedTuple):
+    """A job that was never interrupted."""
+
+    folder: Path
+    durations: list[float]
+    """Seconds that jobs like this one took, the latest last."""
+
+
 @pytest.fixture(scope="module")
 def whole(jobs, tiny_store, tmp_path_factory):
-    """A distill job that nothing happens to: its folder, and how long it takes."""
+    """A distill job that nothing happens to."""
     folder, begun = tmp_path_factory.mktemp("whole"), time.monotonic()
     codes, log = jobs("distill", "--dataset", tiny_store, *TAUGHT, "--out", "job", folder=folder)
     assert codes == [0], log
-    return folder, time.monotonic() - begun
+    return Whole(folder, [time.monotonic() - begun])
 
 
 @pytest.mark.slow
@@ -233,13 +243,13 @@ def test_a_stage_is_done_when_all_is_written_and_sent(jobs, tiny_store, tmp_path
         assert codes == KILLED, log
     codes, log = jobs("distill", *command, folder=tmp_path)
     assert codes == [0], log
-    assert_same(ends(tmp_path), ends(whole[0]))
-    assert table(tmp_path, monkeypatch) == table(whole[0], monkeypatch)
+    assert_same(ends(tmp_path), ends(whole.folder))
+    assert table(tmp_path, monkeypatch) == table(whole.folder, monkeypatch)
 
 
 @pytest.mark.slow
 def test_a_given_teacher_is_in_the_table_after_a_kill(jobs, tiny_store, tmp_path, monkeypatch, whole):
-    teacher = whole[0] / "job" / "teacher" / "best.safetensors"
+    teacher = whole.folder / "job" / "teacher" / "best.safetensors"
     command = ("--dataset", tiny_store, *TAUGHT, "--teacher-checkpoint", teacher, "--out", "job")
     codes, log = jobs("distill", *command, folder=tmp_path, place="tested", n=1, **KILL)
     assert codes == KILLED, log
@@ -253,7 +263,7 @@ def test_a_networks_card_names_what_it_was_trained_on(tiny_store, whole):
     store = open_store(tiny_store)
     expected = sorted(image_fingerprint(store, name) for name in store.split("default", "train"))
     for stage in ("teacher", "student"):
-        assert list(load_card(whole[0] / "job" / stage / "best.safetensors").trained_on) == expected
+        assert list(load_card(whole.folder / "job" / stage / "best.safetensors").trained_on) == expected
 
 
 MOMENTS = int(os.environ.get("SPARK_DIST_MOMENTS", 6))
@@ -263,12 +273,19 @@ MOMENTS = int(os.environ.get("SPARK_DIST_MOMENTS", 6))
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", range(MOMENTS))
 def test_killed_at_any_moment_it_ends_as_if_nothing_had_been(jobs, tiny_store, tmp_path, monkeypatch, whole, moment):
-    folder, seconds = whole
-    after = seconds * (moment + random.Random(moment).random()) / MOMENTS
     command = ("--dataset", tiny_store, *TAUGHT, "--out", "job")
-    codes, log = jobs("distill", *command, folder=tmp_path, after=after, **KILL)
-    assert codes == KILLED or (codes == [0] and moment == MOMENTS - 1), log
-    codes, log = jobs("distill", *command, folder=tmp_path)
+    share = (moment + random.Random(moment).random()) / MOMENTS
+    for n in range(4):
+        tried, begun = tmp_path / str(n), time.monotonic()
+        tried.mkdir()
+        codes, log = jobs("distill", *command, folder=tried, after=whole.durations[-1] * share, **KILL)
+        if codes == KILLED:
+            break
+        # Where others work on the machine too, the job that was measured can have been a slow one.
+        assert codes == [0], log
+        whole.durations.append(time.monotonic() - begun)
+    assert codes == KILLED or moment == MOMENTS - 1, log
+    codes, log = jobs("distill", *command, folder=tried)
     assert codes == [0], log
-    assert_same(ends(tmp_path), ends(folder))
-    assert table(tmp_path, monkeypatch) == table(folder, monkeypatch)
+    assert_same(ends(tried), ends(whole.folder))
+    assert table(tried, monkeypatch) == table(whole.folder, monkeypatch)
