@@ -154,7 +154,7 @@ def test_weights_without_metadata(here, capsys, command):
 @pytest.mark.parametrize("command", [EVALUATE, PICTURE], ids=lambda command: command[0])
 def test_a_part_without_cases(here, capsys, command):
     line = one_line(capsys, *command, "--split", "no-test")
-    assert line == "tiny.zarr: the test part of split 'no-test' has no case; name another --part or --split"
+    assert line == "tiny.zarr: the test part of split 'no-test' has no case; name another --split"
 
 
 @pytest.mark.parametrize("part", ["train", "val", "test"])

@@ -108,7 +108,7 @@ def part_of_split(store: Store, split: str, part: str) -> tuple[str, ...]:
     """The cases of one part of a split. Raises `UserError` if there is none, or one has lost its label."""
     cases = tuple(store.split(split, part))
     if not cases:
-        raise UserError(f"{store.path}: the {part} part of split '{split}' has no case; name another --part or --split")
+        raise UserError(f"{store.path}: the {part} part of split '{split}' has no case; name another --split")
     if bare := [name for name in cases if not store.cases[name].labelled]:
         raise UserError(
             f"{store.path}: case '{bare[0]}' of the {part} part of split '{split}' has lost its label; "

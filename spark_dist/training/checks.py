@@ -152,4 +152,7 @@ def check_teacher_task(store: Store, options: DistillOptions) -> None:
 def check_rounds(rounds: int, epochs: int, teacher_epochs: int) -> None:
     """Raises `UserError` for more rounds than a network has epochs."""
     if rounds > min(epochs, teacher_epochs):
-        raise UserError(f"--rounds {rounds} must be at least 1, and at most the number of epochs of each network")
+        raise UserError(
+            f"--rounds {rounds} must be at most the number of epochs of each network; the student has {epochs}, and "
+            f"the teacher {teacher_epochs}"
+        )

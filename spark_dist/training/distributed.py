@@ -116,8 +116,8 @@ def make_accelerator(accumulate: int = 1, clip: float = 0.0, timeout: float = 30
     minutes of waiting for a process that is there but does not answer, the others end.
 
     Raises `UserError` if processes were started that do not know of each other, which would train as many separate
-    networks, for fp16 on a CPU, which would silently train in float32, for FSDP, or if the launcher was told to
-    accumulate.
+    networks, for more processes than GPUs, for fp16 on a CPU, which would silently train in float32, for FSDP, or if
+    the launcher was told to accumulate.
     """
     told = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if told not in ("1", str(accumulate)):
@@ -130,6 +130,8 @@ def make_accelerator(accumulate: int = 1, clip: float = 0.0, timeout: float = 30
     started = int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    if cuda and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true":
+        check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count())
     # Naming the backend where there is a GPU would replace NCCL; `cpu=True` would turn DeepSpeed off.
     backend = {} if cuda else {"backend": "gloo"}
     group = InitProcessGroupKwargs(timeout=timedelta(minutes=timeout), **backend)
@@ -151,6 +153,15 @@ def make_accelerator(accumulate: int = 1, clip: float = 0.0, timeout: float = 30
             raise UserError("with DeepSpeed, mixed_precision must be 'no'; use DDP (multi_gpu.yaml) for bf16 and fp16")
         accelerator.deepspeed_plugin.deepspeed_config.update(deepspeed_settings(accumulate, clip))
     return accelerator
+
+
+def check_gpus(processes: int, gpus: int) -> None:
+    """Raises `UserError` for more processes than GPUs on this machine, as NCCL takes one process on each."""
+    if processes > gpus:
+        raise UserError(
+            f"{processes} processes on a machine with {gpus} GPU{'s' * (gpus != 1)}, and each needs one of its own; "
+            f"launch with --num-processes {gpus}, or with ACCELERATE_USE_CPU=true on the CPU"
+        )
 
 
 def join_again(how: InitProcessGroupKwargs) -> None:

@@ -14,14 +14,14 @@ from data_tools.errors import Interrupted, UserError
 from data_tools.ownership import fingerprint
 from data_tools.progress import console
 from data_tools.store import Store, open_store
-from spark_dist.config import TrainingOptions
+from spark_dist.config import DistillOptions, TrainingOptions
 from spark_dist.data.identity import split_fingerprints
 from spark_dist.data.slices import SliceTable, slice_table, with_unlabelled
 from spark_dist.data.views import SliceSpec
 from spark_dist.networks.checkpoint import load_network
 from spark_dist.teacher.fingerprint import weights_hash
 
-from .checks import check_crop, check_shares, check_teacher_cases, check_teacher_task
+from .checks import check_crop, check_rounds, check_shares, check_teacher_cases, check_teacher_task
 from .distributed import by_main, listen_for_stop, make_accelerator, shut_down
 from .folder import check_folder, claim, plain
 from .journal import finished
@@ -80,7 +80,10 @@ def open_job(options: TrainingOptions, tags: Mapping[str, Any]) -> Iterator[Job]
     for part in ("train", "val", "test"):
         slice_table(store, options.split, part, options.task)
     table = training_table(store, options)
+    transfer = with_unlabelled(table, options.split) if getattr(options, "unlabelled_share", 0) else table
     check_crop(store, options)
+    if isinstance(options, DistillOptions):
+        check_rounds(options.rounds, options.epochs_of(transfer), options.teacher_epochs_of(table))
     teacher = getattr(options, "teacher_checkpoint", None)
     if teacher:
         check_teacher_task(store, options)
@@ -90,8 +93,7 @@ def open_job(options: TrainingOptions, tags: Mapping[str, Any]) -> Iterator[Job]
     if options.sync_batchnorm and accelerator.device.type != "cuda":
         raise UserError("--sync-batchnorm needs GPUs; leave it out on CPUs")
     check_shares(options, table, accelerator.num_processes)
-    if getattr(options, "unlabelled_share", 0):
-        check_shares(options, with_unlabelled(table, options.split), accelerator.num_processes)
+    check_shares(options, transfer, accelerator.num_processes)
     data = split_fingerprints(store, options.split)
     facts = {"world_size": accelerator.num_processes, "git_commit": git_commit(), "seed": options.seed}
     facts |= {"dataset": options.dataset.stem, "task": task, "data": fingerprint(data), **tags}

@@ -28,6 +28,10 @@ SMALL = ("--task", "organ", "--crop", "32", "--crop-shift", "[0,0]")
         (("distill", "--method", "sp", "--batch-size", "1"), "learns nothing from fewer than 2"),
         (("distill", "--method", "rkd", "--batch-size", "2"), "learns nothing from fewer than 3"),
         (("distill", "--method", "rkd", "--batch-size", "8", "--accumulate", "4"), "a smaller --accumulate"),
+        (
+            ("distill", "--rounds", "3", "--steps", "1"),
+            "the student has 1, and the teacher 1",
+        ),
         (("train", "--network", "enet", "--accumulate", "17"), "use fewer processes or a larger --batch-size"),
     ],
 )

@@ -1,6 +1,7 @@
 """The files under launch/: accelerate's configurations, DeepSpeed among them."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,8 +9,9 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import ROOT, free_port
+from conftest import ROOT, free_port, keep_signals
 
+from spark_dist.cli import main
 from spark_dist.training.checkpoint import load_state, newest_state, states
 from spark_dist.training.journal import read_journal
 
@@ -110,3 +112,19 @@ def test_what_a_configuration_asks_for_in_vain_is_said(monkeypatch, variable, va
     monkeypatch.setenv(variable, value)
     with pytest.raises(UserError, match=message):
         make_accelerator()
+
+
+@pytest.mark.parametrize(("gpus", "message"), [(1, "with 1 GPU, .* --num-processes 1,"), (2, "with 2 GPUs")])
+def test_each_process_needs_a_gpu_of_its_own(monkeypatch, capfd, tiny_store, tmp_path, gpus, message):
+    """The GPUs are simulated: they are only counted, before anything touches them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    data = ("--dataset", str(tiny_store), "--task", "organ", "--crop", "32", "--crop-shift", "[0,0]")
+    with keep_signals():
+        assert main(["train", *data, "--network", "enet", "--out", "job"]) == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert re.search(f"^error: 4 processes on a machine {message}", line)
+    assert not (tmp_path / "job").exists()
