@@ -19,7 +19,6 @@ import hashlib
 import json
 import re
 import shutil
-import uuid
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ import numpy as np
 import zarr
 
 from .arrays import write_arrays
+from .aside import aside, remove_left
 from .errors import UserError, unknown_name
 from .identity import (
     attributes_of,
@@ -47,7 +47,7 @@ from .identity import (
 )
 from .labels import Task, in_order, make_task, regions_of
 from .location import exists, is_local, located, remove, zarr_place
-from .sealed import is_sealed, read_json, read_sealed, write_sealed
+from .sealed import is_sealed, read_json, read_sealed, seal, write_sealed
 
 FORMAT = "spark-dist slice store"
 VERSION = 2
@@ -157,6 +157,7 @@ def create_store(path: Path, attributes: Mapping[str, Any]) -> None:
     """
     path = located(path)
     path = path.resolve() if is_local(path) else path
+    remove_left(path)
     if check_store(path, attributes):
         return
     wanted = _root_facts(attributes)
@@ -165,7 +166,7 @@ def create_store(path: Path, attributes: Mapping[str, Any]) -> None:
         _write_root(path, wanted)
         return
     # Made beside and renamed: a run that is killed here leaves no half store, and of two at a time one is first.
-    new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
+    new = aside(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         _write_root(new, wanted)
@@ -208,8 +209,10 @@ def _root_facts(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_root(path: Path, attributes: Mapping[str, Any]) -> None:
-    for group in (path / "splits", path / "cases", path):
-        write_sealed(zarr.create_group(zarr_place(group)), group, attributes)
+    groups = (path, path / "cases", path / "splits")
+    # In a bucket the root comes last and makes the store visible; what is made aside is marked as ours from the start.
+    for group in groups if is_local(path) else reversed(groups):
+        seal(group, attributes)
 
 
 def write_case(

@@ -1,10 +1,13 @@
-"""Processes that work for another one."""
+"""Processes: those that work for another one, and those that are alive."""
 
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 import time
+import uuid
+from pathlib import Path
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """Signals that ask a job to save its state and end."""
@@ -46,3 +49,21 @@ def end_with_launcher() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def machine() -> str:
+    """Name of where numbers of processes mean the same as here: a host since its start, or a container on it."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return uuid.uuid4().hex  # Not Linux: all other processes are judged by their heartbeat.
+
+
+def started(pid: int) -> str | None:
+    """Start of a process of this machine, in ticks since the machine did; None if it is dead."""
+    try:
+        facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if facts[0] in "ZX" else facts[19]

@@ -21,6 +21,7 @@ from typing import Any
 
 from data_tools.errors import UserError
 from data_tools.progress import console
+from data_tools.workers import machine, started
 
 FILE = "job.lock"
 BEAT = 10
@@ -64,24 +65,6 @@ def this_process() -> dict[str, Any]:
         "since": time.strftime("%Y-%m-%d %H:%M"),
         "id": uuid.uuid4().hex,
     }
-
-
-def machine() -> str:
-    """Name of where numbers of processes mean the same as here: a host since its start, or a container on it."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return uuid.uuid4().hex  # Not Linux: all other processes are judged by their heartbeat.
-
-
-def started(pid: int) -> str | None:
-    """Start of a process of this machine, in ticks since the machine did; None if it is dead."""
-    try:
-        facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if facts[0] in "ZX" else facts[19]
 
 
 def take(file: Path, own: str) -> None:

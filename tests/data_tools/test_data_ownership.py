@@ -14,6 +14,7 @@ import pytest
 import zarr
 from nifti_cases import all_but_identity, all_files, save_kits
 
+from data_tools.aside import aside
 from data_tools.cli import main
 from data_tools.errors import Conflict, UserError
 from data_tools.ownership import (
@@ -431,3 +432,53 @@ def test_killed_while_a_store_gets_its_identity(cohorts, steps):
     assert len(open_store(store).cases) == 3
     assert prepare(cohorts / "a", store) == 0
     assert all_but_identity(store) == whole
+
+
+KILLED_ASIDE = """
+import os, signal, sys
+from pathlib import Path
+from data_tools import files, store
+left, real = int(sys.argv[1]), {place}
+def work(*parts):
+    global left
+    left -= 1
+    left < 0 and os.kill(os.getpid(), signal.SIGKILL)
+    return real(*parts)
+{place} = work
+store.create_store(Path(sys.argv[2]), {{"labels": {{}}}})
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "calls"), [("files.os.fsync", 0), ("files.os.fsync", 1), ("files.os.fsync", 2), ("Path.rename", 0)]
+)
+def test_killed_while_a_store_is_made_nothing_of_it_stays(tmp_path, place, calls):
+    """Before the first, second and third part of it is durable, and before it gets its name."""
+    for name in (".s.zarr.notes.new", ".s.zarr.1-1-1-1.new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("mine")
+    os.utime(tmp_path / ".s.zarr.notes.new", (0, 0))
+    theirs = all_files(tmp_path)
+    code = KILLED_ASIDE.format(place=place)
+    run = subprocess.run([sys.executable, "-c", code, str(calls), str(tmp_path / "s.zarr")], check=False)
+    assert run.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".s.zarr.*.new"))) == 3
+    create_store(tmp_path / "s.zarr", {"labels": {}})
+    assert {path.name for path in tmp_path.iterdir()} == {"s.zarr", ".s.zarr.notes.new", ".s.zarr.1-1-1-1.new"}
+    shutil.rmtree(tmp_path / "s.zarr")
+    assert all_files(tmp_path) == theirs
+
+
+def test_what_another_process_makes_aside_is_left_until_it_is_forgotten(tmp_path):
+    create_store(tmp_path / "s.zarr", {"labels": {}})
+    alive, elsewhere = aside(tmp_path / "s.zarr"), tmp_path / ".s.zarr.0123abcd-7-7-1.new"
+    for folder in (alive, elsewhere):
+        shutil.copytree(tmp_path / "s.zarr", folder)
+    create_store(tmp_path / "s.zarr", {"labels": {}})
+    assert alive.exists()
+    assert elsewhere.exists()
+    for folder in (alive, elsewhere):
+        os.utime(folder, (0, 0))
+    create_store(tmp_path / "s.zarr", {"labels": {}})
+    assert alive.exists()
+    assert not elsewhere.exists()
