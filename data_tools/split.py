@@ -12,6 +12,7 @@ from .errors import UserError, unknown_name
 from .store import Store
 
 PARTS = ("train", "val", "test")
+UNLABELLED = "unlabelled"
 
 
 def split_by_shares(store: Store, shares: Mapping[str, float], seed: int) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def split_by_folds(store: Store, folds: int, seed: int) -> list[dict[str, Any]]:
 
 def splits_by_lists(store: Store, file: Path) -> list[dict[str, Any]]:
     """The split, or the splits of a cross-validation, of a JSON file with {"train": [case, …], "val": …, "test": …},
-    or a list of these.
+    or a list of these. A part `unlabelled` names cases whose labels, if they have any, training does not see.
 
     Raises `UserError` if it is something else, names a case that is not in the store, or names one twice.
     """
@@ -77,14 +78,18 @@ def splits_by_lists(store: Store, file: Path) -> list[dict[str, Any]]:
         raise UserError(f'{file}: write {{"train": [case, …], "val": […], "test": […]}}, or a list of these')
     records = []
     for split in splits:
-        names = Counter(name for part in PARTS for name in split.get(part, []))
+        names = Counter(name for part in (*PARTS, UNLABELLED) for name in split.get(part, []))
         if unknown := [name for name in names if name not in store.cases]:
             raise UserError(f"{file}: {unknown_name('case', unknown[0], store.cases)} ({store.path})")
-        if bare := [name for name in names if not store.cases[name].labelled]:
-            raise UserError(f"{file}: case '{bare[0]}' has no labels, so that it can be in no part; take it out")
+        bare = [name for part in PARTS for name in split.get(part, []) if not store.cases[name].labelled]
+        if bare:
+            raise UserError(
+                f"{file}: case '{bare[0]}' has no labels, so that it can be in no part but {UNLABELLED}; take it out"
+            )
         if twice := [name for name, count in names.items() if count > 1]:
             raise UserError(f"{file}: case '{twice[0]}' is named twice; a case belongs to one part")
         parts = {part: sorted(split.get(part, [])) for part in PARTS}
+        parts |= {UNLABELLED: sorted(split[UNLABELLED])} if UNLABELLED in split else {}
         records.append({**parts, "seed": None, "made": {"lists": file.name}})
     return records
 
@@ -101,18 +106,20 @@ def with_unlabelled(store: Store, record: Mapping[str, Any], hide: int) -> dict[
         )
     hidden = sorted(np.random.default_rng([record["seed"] or 0, hide]).permutation(record["train"])[:hide].tolist())
     bare = [name for name, case in store.cases.items() if not case.labelled]
+    # Lists name the cases they mean; none is added to them.
+    bare = record.get(UNLABELLED, bare)
     if not hidden and not bare:
         return dict(record)
     train = [name for name in record["train"] if name not in hidden]
     made = record["made"] | ({"hidden": hide} if hide else {})
-    return {**record, "train": train, "unlabelled": sorted([*bare, *hidden]), "made": made}
+    return {**record, "train": train, UNLABELLED: sorted([*bare, *hidden]), "made": made}
 
 
 def is_split(found: Any) -> bool:
     """Whether something read from JSON has the form of a split: a part or more, each a list of names."""
     return (
         isinstance(found, dict)
-        and found.keys() <= set(PARTS)
+        and found.keys() <= {*PARTS, UNLABELLED}
         and all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in found.values())
         and any(found.values())
     )

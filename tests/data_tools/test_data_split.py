@@ -230,3 +230,17 @@ def test_unlabelled_cases_are_a_part_of_their_own(tmp_path):
     assert "bare" in with_unlabelled(store, split, 4)["unlabelled"]
     with pytest.raises(UserError, match="--hide-labels 6: 6 cases are in train"):
         with_unlabelled(store, split, 6)
+
+
+def test_lists_may_name_unlabelled_cases(tmp_path):
+    store = a_store(3, 3)
+    store.cases["c001"].labelled = store.cases["c005"].labelled = False
+    file = tmp_path / "lists.json"
+    one = {"train": ["c000"], "val": ["c003"], "test": ["c002"]}
+    file.write_text(json.dumps([one | {"unlabelled": ["c004", "c001"]}, one]))
+    named, unnamed = splits_by_lists(store, file)
+    assert with_unlabelled(store, named, 0)["unlabelled"] == ["c001", "c004"]  # with its label hidden, and without any
+    assert with_unlabelled(store, unnamed, 0)["unlabelled"] == ["c001", "c005"]
+    file.write_text(json.dumps(one | {"unlabelled": ["c000"]}))
+    with pytest.raises(UserError, match="case 'c000' is named twice"):
+        splits_by_lists(store, file)
