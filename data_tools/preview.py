@@ -67,9 +67,10 @@ def draw_sheet(store: Store, case: Case, path: Path, count: int) -> None:
     chosen = chosen_slices(case, count)
     lines, columns = (2, -(-len(chosen) // 2)) if len(chosen) > 3 else (1, len(chosen))
 
-    figure = Figure(figsize=(2.5 + 2.3 * columns, 2.45 * lines + 0.5), layout="constrained", facecolor="#15171a")
+    width = 2.5 + 2.3 * columns
+    figure = Figure(figsize=(width, 2.45 * lines + 0.5), layout="constrained", facecolor="#15171a")
     left, right = figure.subfigures(1, 2, width_ratios=(2.5, 2.3 * columns))
-    figure.suptitle(sheet_title(case), color="white", fontsize=9)
+    figure.suptitle(textwrap.fill(sheet_title(case), int(12 * width)), color="white", fontsize=9)
     axis = left.subplots()
     coronal = [finished(array[:, row, :].read(), what) for array in arrays]
     draw(axis, case, coronal, f"coronal section, row {row}", (case.spacing[0], case.spacing[2]), edges=("S", "R"))
@@ -120,14 +121,16 @@ def draw(
     low, high = case.window
     axis.imshow(image, cmap="gray", vmin=low, vmax=high, aspect=spacing[0] / spacing[1], interpolation="antialiased")
     for label in labels:
-        for values, colour in zip(case.regions.values(), cycle(COLOURS), strict=False):
+        # Regions of many labels first, so that those within them lie on top.
+        coloured = zip(case.regions.values(), cycle(COLOURS), strict=False)
+        for values, colour in sorted(coloured, key=lambda region: -len(region[0])):
             region = np.isin(label, values)
             if region.any() and not region.all():
                 outline(axis, region, colour)
     for text, place in zip(edges, ((0.5, 0.98), (-0.01, 0.5)), strict=False):
         alignment = {"ha": "center", "va": "top"} if text in "SA" else {"ha": "right", "va": "center"}
         axis.text(*place, text, transform=axis.transAxes, color="#ffd166", fontsize=8, **alignment)
-    axis.set_title(title, fontsize=7, color="#d8dce2", pad=3)
+    axis.set_title(textwrap.fill(title, 42), fontsize=7, color="#d8dce2", pad=3)
     axis.set_axis_off()
 
 
@@ -157,8 +160,7 @@ def sheet_title(case: Case) -> str:
     spacing = " × ".join(f"{s:.3g}" for s in case.spacing)
     volumes = [f"{region} {case.volume_ml(region):,.1f} ml" for region in case.regions] if case.labelled else []
     window = f"{case.window[0]:.4g}…{case.window[1]:.4g}"
-    title = f"{case.name}    {size} voxels of {spacing} mm    window {window}    {', '.join(volumes) or 'no labels'}"
-    return textwrap.fill(title, 160)
+    return f"{case.name}    {size} voxels of {spacing} mm    window {window}    {', '.join(volumes) or 'no labels'}"
 
 
 def page_of(store: Store, cases: Iterable[Case]) -> str:

@@ -107,12 +107,12 @@ def found_in(cases: Sequence[Case], region: str) -> tuple[int, int]:
 
 
 def parts_table(store: Store) -> Table:
-    """Cases and slices of the store and of each part of its splits."""
-    regions = [f"{kind} with {region}" for region in store.regions for kind in ("cases", "slices")]
-    table = table_of("cases and slices", "part", "cases", "slices", *regions)
+    """Cases and slices of the store and of each part of its splits, and how many of them have each region."""
+    table = table_of("cases and slices", "part", "region", "cases", "slices")
     for name, cases in groups_of(store).items():
-        found = [number for region in store.regions for number in found_in(cases, region)]
-        table.add_row(name, str(len(cases)), str(sum(case.shape[0] for case in cases)), *map(str, found))
+        table.add_row(name, "", str(len(cases)), str(sum(case.shape[0] for case in cases)))
+        for region in store.regions:
+            table.add_row("", region, *map(str, found_in(cases, region)))
     return table
 
 
@@ -259,11 +259,12 @@ def draw_parts(axis, store: Store) -> None:
     """Cases of each part of each split, with and without the region that the fewest have."""
     groups = groups_of(store)
     names = list(groups)[::-1]
-    totals, found = np.array([len(groups[name]) for name in names]), np.zeros(len(names), int)
+    totals, found, columns = np.array([len(groups[name]) for name in names]), np.zeros(len(names), int), 2
     if store.regions:
         rarest = min(store.regions, key=lambda region: found_in(groups["all"], region))
         found = np.array([found_in(groups[name], rarest)[0] for name in names])
         axis.barh(names, found, color=colour_of(store, rarest), alpha=0.8, label=f"with {rarest}")
+        columns = 2 if len(rarest) < 8 else 1  # beside the title
     axis.barh(names, totals - found, left=found, color=BACKGROUND, alpha=0.8, label="without")
     for k, name in enumerate(names):
         slices = sum(case.shape[0] for case in groups[name])
@@ -271,4 +272,4 @@ def draw_parts(axis, store: Store) -> None:
     axis.set_title("cases of the splits", loc="left")
     axis.set(xlabel="cases", xlim=(0, 1.6 * totals.max()))
     axis.tick_params(axis="y", labelsize=8)
-    axis.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.3)
+    axis.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=columns, borderaxespad=0.3)
