@@ -1,5 +1,5 @@
 """The options of `train` and `distill`: their names, defaults and help, in groups. The defaults are the original
-system's."""
+system's, but for --slices."""
 
 import re
 from dataclasses import dataclass, field
@@ -43,8 +43,12 @@ class DataOptions(Options):
     an earlier (anterior,posterior), or all."""
     split: str = "default"
     """Name of the split in the store."""
-    slices: Literal["labelled", "all"] = "labelled"
-    """Train on the slices that show the target, or on all."""
+    slices: Literal["all", "labelled", "mixed"] = "all"
+    """Train on all slices, on those that show the target (labelled), or on batches with a share of either kind
+    (mixed)."""
+    target_share: Annotated[float, Bounds(above=0, below=1)] = 0.5
+    """Share of slices that show the target in each batch, with --slices mixed; the kind that takes more batches to go
+    through determines the epoch."""
     crop: Pixels | tuple[Pixels, Pixels] = 384
     """Size of the crop in pixels: one side of a square, or [rows, columns]."""
     crop_shift: tuple[Offset, Offset] = (-14, -4)
@@ -187,8 +191,10 @@ class TrainingOptions(
 
     def order(self, table: SliceTable) -> Order:
         """In which order and in which batches training sees the slices of a table."""
-        share = {"unlabelled": table.unlabelled, "share": self.unlabelled_share} if table.unlabelled else {}
-        return Order(table.with_ground_truth, self.batch_size, self.seed, self.slice_views.count, **share)
+        kinds = {"without_target": table.without_target, "target_share": self.target_share}
+        if table.unlabelled:
+            kinds |= {"unlabelled": table.unlabelled, "share": self.unlabelled_share}
+        return Order(table.with_ground_truth, self.batch_size, self.seed, self.slice_views.count, **kinds)
 
     def epochs_of(self, table: SliceTable) -> int:
         """Number of epochs of training on a table."""

@@ -21,6 +21,7 @@ from data_tools.store import open_store, write_split
 from spark_dist.cli import main
 
 SMALL = ("--task", "organ", "--crop", "32", "--crop-shift", "[0,0]", "--batch-size", "8")
+SMALL += ("--slices", "labelled")
 TRAIN = ("train", "--dataset", "tiny.zarr", *SMALL, "--network", "enet", "--width", "0.25", "--epochs", "1")
 DISTILL = ("distill", "--dataset", "tiny.zarr", *SMALL, "--student-width", "0.25", "--epochs", "1", "--teacher", "enet")
 DISTILL += ("--teacher-width", "0.25", "--teacher-checkpoint", "best.safetensors")

@@ -27,7 +27,8 @@ METHODS = [
     "mgd", "ofd", "reviewehcdatt", "reviewkd", "rkd", "sp", "spark", "tfkd", "vid",
 ]  # fmt: skip
 
-SMALL = ["--task", "organ", "--crop", "32", "--crop-shift", "[0,0]", "--batch-size", "4", "--epochs", "5"]
+SMALL = ["--task", "organ", "--slices", "labelled", "--crop", "32", "--crop-shift", "[0,0]", "--batch-size", "4"]
+SMALL += ["--epochs", "5"]
 SMALL += ["--lr", "1e-5", "--log-every", "1", "--tracking-uri", "sqlite:///../mlflow.db", "--out", "job"]
 UNET, ENET = ["--teacher", "unet", "--teacher-width", "0.05"], ["--teacher", "enet", "--teacher-width", "0.25"]
 ROUNDING = {"rkd": 0.5}

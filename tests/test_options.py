@@ -149,7 +149,7 @@ def test_recipes(tmp_path, line, name, value):
         ("epochs: many", "--epochs can't be many; it takes a whole number"),
         ("epochs: 1.5", "--epochs can't be 1.5; it takes a whole number"),
         ("epochs: 0", "--epochs must be at least 1, not 0"),
-        ("slices: most", "--slices can't be most; it takes labelled or all"),
+        ("slices: most", "--slices can't be most; it takes all or labelled or mixed"),
         ("weights: 3", "--weights can't be 3; it takes names with a number each"),
         ("weights: {gain: much}", "--weights can't be much"),
         ("dataset: 5", "--dataset: it takes a path"),

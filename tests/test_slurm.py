@@ -17,6 +17,7 @@ from spark_dist.training.checkpoint import load_state, newest_state
 
 SCRIPTS = [*sorted((ROOT / "launch" / "slurm").glob("*.s*")), *sorted((ROOT / "launch").glob("*.sh"))]
 SMALL = "--crop 32 --crop-shift [0,0] --batch-size 6 --log-every 1 --checkpoint-steps 2 --student-width 0.25"
+SMALL += " --slices labelled"
 RECIPE = """
 dataset: {store}
 task: organ

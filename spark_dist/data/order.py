@@ -58,14 +58,19 @@ class Stream(NamedTuple):
         return np.concatenate(passes)[start - begin : stop - begin] if passes else np.zeros(0, np.int64)
 
 
+KINDS = ("with ground truth", "without ground truth", "without the target")
+"""The kinds of slices of streams 0, 1 and 2."""
+
+
 @dataclass(frozen=True)
 class Order:
     """The samples of every epoch, and how they form batches; the same for any number of processes.
 
-    Without unlabelled slices, an epoch visits every slice once, in ceil(slices / batch_size) batches whose sizes differ
-    by one at the most: none is dropped or repeated, and no batch is a tiny remainder. With them, each batch has its
-    share of either kind; the kind that takes more batches to go through determines the epoch, and of the other one each
-    pass begins where the one before ended, whatever the epoch.
+    Where all slices are of one kind, an epoch visits every slice once, in ceil(slices / batch_size) batches whose sizes
+    differ by one at the most: none is dropped or repeated, and no batch is a tiny remainder. With slices that show no
+    target or have no ground truth as kinds of their own, each batch has its share of each kind; the kind that takes
+    most batches to go through determines the epoch, and of the others each pass begins where the one before ended,
+    whatever the epoch.
     """
 
     slices: int
@@ -78,33 +83,47 @@ class Order:
     """Slices without ground truth: the rows behind them."""
     share: float = 0.5
     """Share of unlabelled slices in a batch, where there are any."""
+    without_target: int = 0
+    """Slices that show no target, where they are a kind of their own: the last ones with ground truth."""
+    target_share: float = 0.5
+    """Share of slices that show the target among a batch's slices with ground truth, where there are such kinds."""
 
     @cached_property
-    def _of_a_batch(self) -> tuple[int, int]:
-        """Slices with and without ground truth in a full batch."""
+    def _kinds(self) -> list[tuple[int, int, int, int]]:
+        """Of each kind of slices, in the order of their rows: its stream's number, its first row, how many there are,
+        and how many in a full batch."""
         without = round(self.batch_size * self.share) if self.unlabelled else 0
-        return self.batch_size - without, without
+        known, shown = self.batch_size - without, self.slices - self.without_target
+        empty = known - round(known * self.target_share) if self.without_target else 0
+        kinds = [(0, 0, shown, known - empty)]
+        if self.without_target:
+            kinds.append((2, shown, self.without_target, empty))
+        if self.unlabelled:
+            kinds.append((1, self.slices, self.unlabelled, without))
+        return kinds
+
+    @property
+    def shares(self) -> str:
+        """The options that say which share each kind of slices has, with their values."""
+        target = [f"--target-share {self.target_share:g}"] * bool(self.without_target)
+        return ", ".join(target + [f"--unlabelled-share {self.share:g}"] * bool(self.unlabelled))
 
     @cached_property
     def steps(self) -> int:
-        """Batches in an epoch. Raises `UserError` for a share that leaves one kind out of every batch."""
-        kinds = [(self.slices, self._of_a_batch[0])] + [(self.unlabelled, self._of_a_batch[1])] * bool(self.unlabelled)
-        if not all(number for _, number in kinds):
+        """Batches in an epoch. Raises `UserError` for shares that leave one kind out of every batch."""
+        if not all(each for *_, each in self._kinds):
+            counts = " and ".join(f"{each} slices {KINDS[number]}" for number, _, _, each in self._kinds)
             raise UserError(
-                f"--unlabelled-share {self.share:g}: batches of {self.batch_size} would have "
-                f"{self._of_a_batch[0]} slices with ground truth and {self._of_a_batch[1]} without; change one of them"
+                f"{self.shares}: batches of {self.batch_size} would have {counts}; change a share or --batch-size"
             )
-        return max(-(-size // number) for size, number in kinds)
+        return max(-(-size // each) for *_, size, each in self._kinds)
 
     @cached_property
     def streams(self) -> tuple[Stream, ...]:
-        """The slices with ground truth, and those without."""
-        sizes = [(0, self.slices, self._of_a_batch[0])]
-        if self.unlabelled:
-            sizes.append((self.slices, self.unlabelled, self._of_a_batch[1]))
+        """The kinds of slices."""
         return tuple(
-            Stream(k, first, size, size if -(-size // number) == self.steps else self.steps * number)
-            for k, (first, size, number) in enumerate(sizes)
+            Stream(number, first, size, size if -(-size // each) == self.steps else self.steps * each)
+            for number, first, size, each in self._kinds
         )
 
     def sizes(self, step: int) -> list[int]:
@@ -112,7 +131,7 @@ class Order:
         return [s.each_epoch * (step + 1) // self.steps - s.each_epoch * step // self.steps for s in self.streams]
 
     def epoch(self, epoch: int) -> list[list[np.ndarray]]:
-        """The batches of an epoch, each as the keys of either stream."""
+        """The batches of an epoch, each as the keys of each stream."""
         whole = [s.keys(epoch * s.each_epoch, (epoch + 1) * s.each_epoch, self.seed, self.views) for s in self.streams]
         cuts = [[s.each_epoch * step // self.steps for step in range(1, self.steps)] for s in self.streams]
         return [list(parts) for parts in zip(*map(np.split, whole, cuts), strict=True)]
@@ -135,7 +154,7 @@ class EpochSampler:
         self.steps = order.steps
         if not all(self.fewest):
             parts = f", each in {accumulate} parts," if accumulate > 1 else ""
-            kind = f" of each kind (--unlabelled-share {order.share:g})" if order.unlabelled else ""
+            kind = f" of each kind ({order.shares})" if order.shares else ""
             raise UserError(
                 f"{order.slices + order.unlabelled} training slices in batches of {order.batch_size}{parts} leave some "
                 f"of {world} processes without a slice{kind}; use fewer processes or a larger --batch-size"

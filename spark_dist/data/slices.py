@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -31,6 +31,8 @@ class SliceTable:
     """(n,) each slice's index in its case."""
     unlabelled: int = 0
     """How many slices, the last ones, count as without ground truth, whatever the store knows of them."""
+    without_target: int = 0
+    """How many slices, the last ones with ground truth, show no target, where batches have a share of either kind."""
 
     def __len__(self) -> int:
         return len(self.case)
@@ -61,24 +63,29 @@ def labels_of(store: Store) -> list[Any]:
 
 
 def slice_table(store: Store, split: str, part: str, task: str, slices: str = "labelled") -> SliceTable:
-    """The slices of one part of a split: those with any of the task's regions (`labelled`) or `all`.
+    """The slices of one part of a split: those that show any of the task's regions (`labelled`), `all`, or all with
+    those that show none at the end (`mixed`).
 
-    Raises `UserError` if there is none, or no such task.
+    Raises `UserError` if there is none, with `mixed` none of one kind, or no such task.
     """
     regions, cases = store.task(task).regions, part_of_split(store, split, part)
-    rows = [
-        (position, z)
-        for position, name in enumerate(cases)
-        for case in [store.cases[name]]
-        for z in (case.slices_with(*regions) if slices == "labelled" else range(case.shape[0]))
-    ]
+    shown = [set(store.cases[name].slices_with(*regions)) for name in cases]
+    rows = [(n, z) for n, name in enumerate(cases) for z in range(store.cases[name].shape[0])]
+    empty = [(n, z) for n, z in rows if z not in shown[n]] if slices == "mixed" else []
+    if slices != "all":
+        rows = [(n, z) for n, z in rows if z in shown[n]]
+    if slices == "mixed" and not empty:
+        raise UserError(
+            f"{store.path}: every slice of the {part} part of split '{split}' shows {task}, so there is nothing to "
+            "mix; use --slices all"
+        )
     if not rows:
         raise UserError(
             f"{store.path}: the {part} part of split '{split}' has no slice with {task}; "
             "make another split (spark-data split --name), or train another task"
         )
-    case, index = np.array(rows, dtype=np.int32).T
-    return SliceTable(store=store, cases=cases, case=case, slice=index)
+    case, index = np.array(rows + empty, dtype=np.int32).T
+    return SliceTable(store=store, cases=cases, case=case, slice=index, without_target=len(empty))
 
 
 def with_unlabelled(table: SliceTable, split: str) -> SliceTable:
@@ -95,8 +102,8 @@ def with_unlabelled(table: SliceTable, split: str) -> SliceTable:
     depths = [store.cases[name].shape[0] for name in cases]
     case = np.repeat(np.arange(len(cases)), depths) + len(table.cases)
     index = np.concatenate([np.arange(depth) for depth in depths])
-    return SliceTable(
-        store=store,
+    return replace(
+        table,
         cases=table.cases + cases,
         case=np.concatenate([table.case, case]).astype(np.int32),
         slice=np.concatenate([table.slice, index]).astype(np.int32),

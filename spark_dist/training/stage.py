@@ -19,6 +19,7 @@ from spark_dist.data.batches import SliceDataset, support_set
 from spark_dist.data.identity import image_fingerprint
 from spark_dist.data.loader import Prefetcher, training_loader
 from spark_dist.data.order import EpochSampler
+from spark_dist.data.slices import slice_table
 from spark_dist.distillers.plain import Plain
 from spark_dist.networks import build_network
 from spark_dist.networks.checkpoint import ModelCard, load_card
@@ -95,7 +96,7 @@ def without_teacher(network: nn.Module) -> Teaching:
 def build(job: Job, stage: Stage) -> nn.Module:
     """A network with the weights that the job's seed (or ImageNet) gives it, the same with and without a teacher.
 
-    One that is shown examples gets them from the training slices.
+    One that is shown examples gets them from the training slices that show the target.
     """
     options = job.options
     set_seed(options.seed)
@@ -103,7 +104,8 @@ def build(job: Job, stage: Stage) -> nn.Module:
     if stage.pretrained:
         load_pretrained(network, stage.pretrained)
     if hasattr(network, "set_support"):
-        images, masks, names = support_set(job.table, job.spec, options.support_slices, options.seed)
+        shown = slice_table(job.store, options.split, "train", options.task)
+        images, masks, names = support_set(shown, job.spec, options.support_slices, options.seed)
         network.set_support(images, masks)
         job.say(f"{stage.network}: support set of {len(names)} training slices, listed in {job.folder}/support.txt")
         if job.accelerator.is_main_process:

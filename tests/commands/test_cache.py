@@ -25,6 +25,7 @@ from spark_dist.networks.checkpoint import save_network
 from spark_dist.training.frozen_teacher import only_generation
 
 SMALL = ("--task", "organ", "--crop", 32, "--crop-shift", "[0,0]", "--batch-size", 8, "--student-width", 0.25)
+SMALL += ("--slices", "labelled")
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -113,6 +114,59 @@ def test_an_epoch_is_every_slice_once_whatever_the_number_of_processes(n, batch_
     for step, size in enumerate(sizes):
         for rank, sampler in enumerate(samplers):
             assert sampler.weight(step) == pytest.approx(len(parts[rank][step]) * world / size)
+
+
+@given(
+    shown=st.integers(12, 60),
+    empty=st.integers(12, 90),
+    unlabelled=st.sampled_from([0, 40]),
+    batch_size=st.integers(16, 24),
+    share=st.sampled_from([0.25, 0.5, 0.7]),
+    world=st.integers(1, 2),
+)
+@settings(max_examples=50, deadline=None)
+def test_mixed_batches_have_their_share_of_each_kind(shown, empty, unlabelled, batch_size, share, world):
+    """For any number of processes, from any step on; one kind is gone through once, the others as often as it takes."""
+    order = Order(shown + empty, batch_size, 7, 2, unlabelled, 0.5, without_target=empty, target_share=share)
+    for epoch in range(2):
+        sampler, *ranks = EpochSampler(order), *(EpochSampler(order, rank, world) for rank in range(world))
+        for each in (sampler, *ranks):
+            each.epoch = epoch
+        whole = list(sampler)
+        sampler.start = 1
+        assert list(sampler) == whole[1:]
+        for step, parts in enumerate(zip(*ranks, strict=True)):
+            assert sorted(key for part in parts for key in part) == sorted(whole[step])
+            weights = [rank.weight(step) for rank in ranks]
+            assert weights == pytest.approx([len(part) * world / len(whole[step]) for part in parts])
+        rows = np.array([key // 2 for batch in whole for key in batch])
+        kinds = [rows[rows < shown], rows[(rows >= shown) & (rows < shown + empty)], rows[rows >= shown + empty]]
+        assert any(len(np.unique(k)) == len(k) == n for k, n in zip(kinds, (shown, empty, unlabelled), strict=True))
+        known = batch_size - batch_size // 2 if unlabelled else batch_size
+        for batch in whole:
+            full = round(known * share)
+            fewest = (full * (order.steps - 1) + 1) // order.steps
+            assert fewest <= sum(key // 2 < shown for key in batch) <= full
+
+
+def test_mixed_slices_are_all_with_the_empty_ones_last(tiny_store):
+    store = open_store(tiny_store)
+    labelled, every, mixed = (slice_table(store, "default", "train", "tumour", s) for s in ("labelled", "all", "mixed"))
+    places = [set(zip(t.case.tolist(), t.slice.tolist(), strict=True)) for t in (labelled, every, mixed)]
+    assert places[0] < places[1] == places[2]
+    assert len(mixed) == len(every) == len(labelled) + mixed.without_target
+    shown = len(labelled)
+    assert np.array_equal(mixed.case[:shown], labelled.case)
+    assert np.array_equal(mixed.slice[:shown], labelled.slice)
+    with pytest.raises(UserError, match=r"--target-share 0.01: batches of 8 would have 0 slices"):
+        EpochSampler(Order(len(mixed), 8, 0, without_target=mixed.without_target, target_share=0.01))
+
+
+def test_nothing_to_mix_is_an_error(tiny_store):
+    store = open_store(tiny_store)
+    full = {name: replace(c, label_counts=np.maximum(c.label_counts, 1)) for name, c in store.cases.items()}
+    with pytest.raises(UserError, match=r"every slice of the train part .* use --slices all"):
+        slice_table(replace(store, cases=full), "default", "train", "organ", "mixed")
 
 
 def test_every_orientation_comes_once_in_a_block_of_eight_epochs():

@@ -17,6 +17,7 @@ from spark_dist.networks.checkpoint import save_network
 from spark_dist.training.checks import check_shares, check_teacher_cases
 
 SMALL = ("--task", "organ", "--crop", "32", "--crop-shift", "[0,0]")
+SMALL += ("--slices", "labelled")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from spark_dist.cli import main
 from spark_dist.training.journal import read_journal
 
 SMALL = ("--task", "organ", "--crop", 32, "--crop-shift", "[0,0]", "--batch-size", 6, "--log-every", 2)
+SMALL += ("--slices", "labelled")
 SMALL += ("--network", "enet", "--width", 0.25)
 
 

@@ -26,6 +26,7 @@ from spark_dist.training.journal import append, finished, read_journal
 from spark_dist.training.lock import FILE, locked
 
 SMALL = ("--task", "organ", "--crop", 32, "--crop-shift", "[0,0]", "--batch-size", 8, "--log-every", 2, "--epochs", 2)
+SMALL += ("--slices", "labelled")
 ALONE = (*SMALL, "--network", "enet", "--width", 0.25)
 TAUGHT = (*SMALL, "--teacher", "unet", "--teacher-width", 0.05, "--student-width", 0.25, "--method", "kd")
 KILL = {"signal": int(signal.SIGKILL)}

@@ -11,6 +11,7 @@ from spark_dist.training.checkpoint import load_state, newest_state
 from spark_dist.training.journal import read_journal
 
 SMALL = ("--task", "organ", "--crop", 32, "--crop-shift", "[0,0]", "--batch-size", 8, "--log-every", 2)
+SMALL += ("--slices", "labelled")
 TAUGHT = ("--teacher", "unet", "--teacher-width", 0.05, "--student-width", 0.25)
 CACHED = ("--cache", "on")  # a teacher this small is as fast as reading
 

@@ -17,6 +17,7 @@ from spark_dist.training.journal import read_journal
 
 CONFIGS = sorted((ROOT / "launch" / "accelerate").glob("*.yaml"))
 SMALL = ("--task", "organ", "--crop", 32, "--crop-shift", "[0,0]", "--batch-size", 6, "--log-every", 1)
+SMALL += ("--slices", "labelled")
 SMALL += ("--network", "enet", "--width", 0.25, "--epochs", 3, "--checkpoint-steps", 5, "--keep-checkpoints", 9)
 
 

@@ -20,6 +20,7 @@ from spark_dist.training.checkpoint import load_state, newest_state, resume, sav
 from spark_dist.training.journal import read_journal
 
 SMALL = ("--task", "organ", "--crop", 32, "--crop-shift", "[0,0]", "--batch-size", 6, "--log-every", 2)
+SMALL += ("--slices", "labelled")
 SMALL += ("--teacher", "unet", "--teacher-width", 0.05, "--student-width", 0.25, "--method", "crd", "--epochs", 5)
 SMALL += ("--checkpoint-steps", 2, "--cache", "on", "--cache-folder", "cache", "--experiment", "resume")
 REQUEUE = 75

@@ -17,6 +17,7 @@ from spark_dist.training.distillation import Distillation
 from spark_dist.training.journal import read_journal
 
 SMALL = ("--task", "organ", "--crop", 32, "--crop-shift", "[0,0]", "--batch-size", 6, "--log-every", 2)
+SMALL += ("--slices", "labelled")
 TEACHER = ("--teacher", "unet", "--teacher-width", 0.05)
 STUDENT = ("--student-width", 0.25, "--cache", "on", "--cache-folder", "cache", "--checkpoint-steps", 2)
 
