@@ -191,12 +191,13 @@ class MappedDataset(Dataset):
 
     def __getitems__(self, keys: list[int]) -> RawBatch:
         rows, columns = CROP.overlap(SHAPE[1:])[0]
-        arrays = {kind: empty_array((len(keys), *CROP.size), dtype) for kind, dtype in KINDS.items()}
+        arrays = {kind: empty_array((len(keys), 1, *CROP.size), dtype) for kind, dtype in KINDS.items()}
         for n, key in enumerate(keys):
             name = self.table.cases[self.table.case[key // ORIENTATIONS]]
             z = int(self.table.slice[key // ORIENTATIONS])
             for kind, out in arrays.items():
-                out[n] = orient(self.open(name, kind)[z, rows, columns], key % ORIENTATIONS)
+                out[n, 0] = orient(self.open(name, kind)[z, rows, columns], key % ORIENTATIONS)
+        arrays["label"] = arrays["label"][:, 0]
         arrays["window"], arrays["keys"] = empty_array((len(keys), 2), np.float32), np.array(keys)
         arrays["window"][:] = WINDOW
         return RawBatch(**{kind: torch.from_numpy(array) for kind, array in arrays.items()}, entries=Entries(None))

@@ -67,6 +67,9 @@ class DataOptions(Options):
     views: Annotated[int, Bounds(at_least=-1, at_most=2**20)] = 0
     """How many views each slice has, which a teacher cache can keep (0: one for none, one for each orientation for
     flips, eight for full or crops from anywhere; -1: a new view in each epoch, which no cache can keep)."""
+    context: Annotated[int, Bounds(at_least=0, at_most=64)] = 0
+    """Neighbouring slices on either side that networks are given as further input channels (2.5D); where a volume ends,
+    its last slice is repeated."""
     support_slices: Count = 64
     """Training slices that universeg is shown as examples."""
     workers: Workers = 0
@@ -175,7 +178,7 @@ class TrainingOptions(
     @property
     def slice_spec(self) -> SliceSpec:
         size = (self.crop, self.crop) if isinstance(self.crop, int) else tuple(self.crop)
-        return SliceSpec(self.task, Crop(size, tuple(self.crop_shift)), self.threshold)
+        return SliceSpec(self.task, Crop(size, tuple(self.crop_shift)), self.threshold, self.context)
 
     @property
     def learning_rates(self) -> tuple[float, float]:

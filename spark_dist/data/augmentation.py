@@ -62,9 +62,16 @@ class Views:
         return self.augment == "full"
 
     def of(
-        self, row: int, number: int, image: np.ndarray, label: np.ndarray, window: Sequence[float], target: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """A view of a slice: image (H, W) and label (H, W) at the crop's size.
+        self,
+        row: int,
+        number: int,
+        image: Sequence[np.ndarray],
+        label: np.ndarray,
+        window: Sequence[float],
+        target: np.ndarray,
+    ) -> tuple[Sequence[np.ndarray], np.ndarray]:
+        """A view of a slice: the channels of its image (H, W) each, all seen alike, and its label (H, W), at the crop's
+        size.
 
         `target` (H, W) bool is what crops from anywhere lie around. The image is in the store's intensities, or for
         `full` float32 with 0 and 1 in the place of `window`'s ends.
@@ -75,21 +82,22 @@ class Views:
             int(drawn[0] * len(self.orientations)) if full else number % len(self.orientations)
         ]
         crop = (
-            replace(self.crop, shift=shift_to(self.crop, image.shape, target, drawn[1:]))
+            replace(self.crop, shift=shift_to(self.crop, label.shape, target, drawn[1:]))
             if self.anywhere
             else self.crop
         )
         if not full:
             fill = np.floor(window[0])
-            return orient(crop.of(image, fill), orientation), orient(crop.of(label, 0), orientation)
+            planes = [orient(crop.of(plane, fill), orientation) for plane in image]
+            return planes, orient(crop.of(label, 0), orientation)
         matrix = (
-            crop.centre_of(image.shape)
+            crop.centre_of(label.shape)
             @ affine(crop.size, geometric)
             @ orientation_matrix(orientation)
             @ crop.centred()
         )
-        shown = changed(warp(in_window(image, window), matrix, crop.size, 0, nearest=False)[np.newaxis], intensity)[0]
-        return shown, warp(label, matrix, crop.size, 0, nearest=True)
+        planes = [warp(in_window(plane, window), matrix, crop.size, 0, nearest=False) for plane in image]
+        return changed(np.stack(planes), intensity), warp(label, matrix, crop.size, 0, nearest=True)
 
 
 def shift_to(crop: Crop, plane: tuple[int, int], target: np.ndarray, u: Uniforms) -> tuple[int, int]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ class RawBatch(NamedTuple):
     """A batch as the store has it, on the CPU: what travels to the training device are integers."""
 
     image: Tensor
-    """(N, H, W) in the intensities of `window`."""
+    """(N, C, H, W) in the intensities of `window`: a slice and its neighbours (see `SliceSpec.neighbours`)."""
     label: Tensor
     """(N, H, W) uint8; 0 where there is no ground truth."""
     window: Tensor
@@ -36,6 +37,20 @@ class RawBatch(NamedTuple):
     """Cached teacher targets."""
 
 
+class SharedSlice:
+    """A slice that several samples of a batch need, fetched and decoded once."""
+
+    def __init__(self, pending: PendingSlice, name: str):
+        self._pending, self._name, self._voxels, self._lock = pending, name, None, Lock()
+
+    def read(self) -> np.ndarray:
+        """The slice (H, W). Raises `UserError` naming it if it is damaged."""
+        with self._lock, damage_named(self._name):
+            if self._voxels is None:
+                self._voxels = self._pending.read().copy()
+            return self._voxels
+
+
 @dataclass(frozen=True)
 class PendingBatch:
     """Slices and cache entries whose reads have been started, and the arrays of the batch that they are put into."""
@@ -44,7 +59,8 @@ class PendingBatch:
     views: Views
     names: list[str]
     """(N,) of the slices, for errors."""
-    images: list[PendingSlice]
+    images: list[list[PendingSlice | SharedSlice]]
+    """(N, C)"""
     labels: list[PendingSlice | None]
     """None where there is no ground truth."""
     entries: PendingEntries | None
@@ -57,11 +73,13 @@ class PendingBatch:
         with damage_named(self.names[n]):
             # A copy, as what is read is good until the next slice.
             label = None if self.labels[n] is None else self.labels[n].read().copy()
-            image = self.images[n].read()
-            label = np.zeros(image.shape, np.uint8) if label is None else label
+            image = [channel.read() for channel in self.images[n]]
+            label = np.zeros(image[0].shape, np.uint8) if label is None else label
             target = self.task.classes_of(label) > 0 if self.views.anywhere else None
             seen = self.views.of(row, number, image, label, self.batch["window"][n], target)
-        self.batch["image"][n], self.batch["label"][n] = seen
+        for channel, plane in enumerate(seen[0]):
+            self.batch["image"][n, channel] = plane
+        self.batch["label"][n] = seen[1]
         if self.views.in_window:
             self.batch["window"][n] = 0, 1
         if self.entries is not None:
@@ -92,12 +110,13 @@ class SliceDataset(Dataset):
     def start(self, keys: np.ndarray) -> PendingBatch:
         """Have everything fetched that the samples `keys` (N,) need."""
         cases, names, images, labels = [], [], [], []
+        shared: dict[tuple[str, int], SharedSlice] = {}
         for row in keys // self.views.count:
             case, z = self.table.cases[self.table.case[row]], int(self.table.slice[row])
             cases.append(self.table.store.cases[case])
             names.append(f"{self.table.store.path}: {self.table.name(row)}")
+            images.append(self.start_image(case, z, shared))
             with damage_named(names[-1]):
-                images.append(self.reader.slices(case, "image").start(z))
                 known = row < self.table.with_ground_truth
                 labels.append(self.reader.slices(case, "label").start(z) if known else None)
         entries = self.cache.start_reading(keys) if self.cache is not None else None
@@ -106,11 +125,27 @@ class SliceDataset(Dataset):
         batch["window"][:], batch["keys"][:] = [case.window for case in cases], keys
         return PendingBatch(self.task, self.views, names, images, labels, entries, batch)
 
+    def start_image(
+        self, case: str, z: int, shared: dict[tuple[str, int], SharedSlice]
+    ) -> list[PendingSlice | SharedSlice]:
+        """Have a slice and its neighbours fetched, but for those that are in `shared` already."""
+        fetched = []
+        for near in self.spec.neighbours([z], self.table.store.cases[case].shape[0])[0].tolist():
+            name = f"{self.table.store.path}: {case} slice {near}"
+            if (case, near) not in shared:
+                with damage_named(name):
+                    pending = self.reader.slices(case, "image").start(near)
+                if not self.spec.context:
+                    return [pending]  # of use to one sample only, which saves a copy
+                shared[case, near] = SharedSlice(pending, name)
+            fetched.append(shared[case, near])
+        return fetched
+
     def arrays(self, intensities: np.dtype) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """The arrays of a `RawBatch`: shape a sample and number format."""
         size = self.spec.crop.size
         return {
-            "image": (size, np.dtype(np.float32) if self.views.in_window else intensities),
+            "image": ((self.spec.channels, *size), np.dtype(np.float32) if self.views.in_window else intensities),
             "label": (size, np.dtype(np.uint8)),
             "window": ((2,), np.dtype(np.float32)),
             "keys": ((), np.dtype(np.int64)),
@@ -128,7 +163,7 @@ class Batch(NamedTuple):
     """A batch on the training device."""
 
     image: Tensor
-    """(N, 1, H, W) float32 in [−1, 1]."""
+    """(N, C, H, W) float32 in [−1, 1]: a slice between its neighbours (see `SliceSpec.neighbours`)."""
     mask: Tensor
     """(N, C, H, W) float32 one-hot: background, then the task's regions; background where there is no ground truth."""
     index: Tensor
@@ -159,7 +194,7 @@ def to_device(raw: RawBatch, dataset: SliceDataset, device: torch.device) -> Bat
 
 
 def support_set(table: SliceTable, spec: SliceSpec, size: int, seed: int) -> tuple[Tensor, Tensor, list[str]]:
-    """Slices for a network that is shown examples: images (S, 1, H, W), the class of each of their pixels (S, 1, H, W),
+    """Slices for a network that is shown examples: images (S, C, H, W), the class of each of their pixels (S, 1, H, W),
     and the slices' names.
 
     `size` training slices, or all if there are fewer, drawn by the seed.
@@ -171,11 +206,11 @@ def support_set(table: SliceTable, spec: SliceSpec, size: int, seed: int) -> tup
 
 
 def windowed(image: Tensor, window: Tensor) -> Tensor:
-    """Intensities (N, H, W) to (N, 1, H, W) in [−1, 1], where window (N, 2) holds what becomes −1 and 1."""
-    low, high = window[:, 0, None, None], window[:, 1, None, None]
+    """Intensities (N, C, H, W) to float32 in [−1, 1], where window (N, 2) holds what becomes −1 and 1."""
+    low, high = window[:, :, None, None, None].unbind(1)
     # In place, as fresh memory costs more than the arithmetic.
     result = image.to(torch.float32, copy=True).sub_(low).div_(high - low)
-    return result.clamp_(0, 1).mul_(2).sub_(1).unsqueeze(1)
+    return result.clamp_(0, 1).mul_(2).sub_(1)
 
 
 def one_hot(label: Tensor, task: Task) -> Tensor:

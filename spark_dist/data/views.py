@@ -1,5 +1,6 @@
 """How a slice is seen: its target, its crop and its orientation."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -87,6 +88,19 @@ class SliceSpec:
     crop: Crop
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Probability from which a voxel is predicted as the target."""
+    context: Annotated[int, Field(ge=0)] = 0
+    """Neighbouring slices on either side that a network is given as further input channels (2.5D)."""
+
+    @property
+    def channels(self) -> int:
+        """A network's input channels."""
+        return 2 * self.context + 1
+
+    def neighbours(self, slices: Sequence[int], depth: int) -> np.ndarray:
+        """The slices (N, channels) of a volume of `depth` that a network is given for N slices, from the lowest to the
+        highest; where the volume ends, its last one is repeated."""
+        around = np.arange(-self.context, self.context + 1)
+        return np.clip(np.asarray(slices)[:, None] + around, 0, depth - 1)
 
     @property
     def regions(self) -> tuple[str, ...]:

@@ -106,7 +106,7 @@ def both_protocols(
         return whole, predicted_classes(found, LABELLED_THRESHOLD)
     labelled = np.zeros_like(whole)
     if shown.any():
-        found = probabilities(network, image[shown], window, spec, whole=False)
+        found = probabilities(network, image, window, spec, whole=False, slices=np.flatnonzero(shown))
         labelled[shown] = predicted_classes(found, LABELLED_THRESHOLD)
     return whole, labelled
 

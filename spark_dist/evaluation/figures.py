@@ -51,18 +51,20 @@ def draw_predictions(
     for position in np.unique(np.linspace(0, len(cases) - 1, min(rows, len(cases))).astype(int)):
         case = store.cases[cases[position]]
         z = int(fullest(case.voxels(*task.regions))[0])
-        image, label = (reader.slice(case.name, kind, z)[np.newaxis] for kind in ("image", "label"))
-        ground_truth = task.classes_of(label)
+        ground_truth = task.classes_of(reader.slice(case.name, "label", z))[np.newaxis]
+        near = np.unique(spec.neighbours([z], case.shape[0])).tolist()
+        image = np.stack([reader.slice(case.name, "image", other) for other in near])
         predictions = {}
         for name, network in networks.items():
-            predicted = predicted_classes(probabilities(network, image, case.window, spec), spec.threshold)
+            found = probabilities(network, image, case.window, spec, slices=[near.index(z)])
+            predicted = predicted_classes(found, spec.threshold)
             scores = [
                 dice(overlap_counts(predicted == number, ground_truth == number).sum(axis=0))
                 for number in range(1, task.classes)
             ]
             predictions[name] = (predicted[0], float(np.mean(scores)))
         low, high = case.window
-        grey = np.clip((image[0].astype(np.float32) - low) / (high - low), 0, 1)
+        grey = np.clip((image[near.index(z)].astype(np.float32) - low) / (high - low), 0, 1)
         shown.append(PredictedSlice(f"{case.name}, slice {z}", grey, ground_truth[0], predictions))
     prediction_figure(shown, path, spec.regions)
 

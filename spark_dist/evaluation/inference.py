@@ -14,17 +14,22 @@ OVERLAP = 0.25
 
 
 def probabilities(
-    network: nn.Module, image: np.ndarray, window: Sequence[float], spec: SliceSpec, whole: bool = True
+    network: nn.Module,
+    image: np.ndarray,
+    window: Sequence[float],
+    spec: SliceSpec,
+    whole: bool = True,
+    slices: Sequence[int] | None = None,
 ) -> np.ndarray:
     """The probability of each class but the background in every voxel of slices, (C − 1, Z, H, W) float32.
 
-    `image` (Z, H, W) in the store's intensities, of which `window` become −1 and 1. The whole plane is predicted, or
-    without `whole` the crop of `spec` alone, with 0 outside.
+    `image` (Z, H, W) is a volume in the store's intensities, of which `window` become −1 and 1; all of its slices are
+    predicted, or some. The whole plane is, or without `whole` the crop of `spec` alone, with 0 outside.
     """
-    result = None
-    for start, part in class_probabilities(network, image, window, spec, whole):
+    result, count = None, len(image) if slices is None else len(slices)
+    for start, part in class_probabilities(network, image, window, spec, whole, slices=slices):
         if result is None:
-            result = np.zeros((part.shape[1] - 1, *image.shape), np.float32)
+            result = np.zeros((part.shape[1] - 1, count, *image.shape[1:]), np.float32)
         result[:, start : start + len(part)] = part[:, 1:].transpose(1, 0, 2, 3)
     return result
 
@@ -51,8 +56,9 @@ def class_probabilities(
     spec: SliceSpec,
     whole: bool = True,
     batch_size: int = 16,
+    slices: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The first slice's index and the probabilities (N, C, H, W) float32 of each `batch_size` slices (see
+    """The first one's position and the probabilities (N, C, H, W) float32 of each `batch_size` slices (see
     `probabilities`). The network, on whichever device, is in eval mode meanwhile, and then as it was."""
     device, plane = next(network.parameters()).device, image.shape[1:]
     crop = covering(spec.crop, plane, network.stride) if whole else spec.crop
@@ -62,10 +68,11 @@ def class_probabilities(
     was_training = network.training
     network.eval()
     try:
-        for start in range(0, len(image), batch_size):
-            part = image[start : start + batch_size]
-            crops = np.full((len(part), *crop.size), np.floor(window[0]), image.dtype)
-            crops[:, *placed] = part[:, *inside]
+        channels = spec.neighbours(range(len(image)) if slices is None else slices, len(image))
+        for start in range(0, len(channels), batch_size):
+            part = channels[start : start + batch_size]
+            crops = np.full((*part.shape, *crop.size), np.floor(window[0]), image.dtype)
+            crops[:, :, *placed] = image[:, *inside][part]
             batch = windowed(torch.from_numpy(crops).to(device), ends.expand(len(part), 2))
             logits = in_windows(network, batch, bound) if bound not in (None, crop.size) else network(batch).logits
             found = logits.float().softmax(dim=1).cpu().numpy()

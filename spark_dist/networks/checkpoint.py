@@ -123,6 +123,8 @@ def _parse_card(text: str) -> ModelCard:
     names = card.spec.task.split(",")
     if not all(NAME.fullmatch(name) for name in names) or len(names) + 1 != card.classes:
         raise ValueError(f"spec.task: {card.spec.task!r:.60} are no names of {card.classes - 1} regions")
+    if card.in_channels != card.spec.channels:
+        raise ValueError(f"in_channels: {card.in_channels} are not those of a context of {card.spec.context} slices")
     return card
 
 

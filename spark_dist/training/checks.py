@@ -30,7 +30,7 @@ def check(options: TrainOptions | DistillOptions) -> None:
 def check_network(options: TrainingOptions, name: str, width: float) -> nn.Module:
     """The network without weights. Raises `UserError` if there is none of that name, or the crop does not fit it."""
     with torch.device("meta"):
-        network = build_network(name, width=width)
+        network = build_network(name, options.slice_spec.channels, width=width)
     rows, columns = options.slice_spec.crop.size
     if rows % network.stride or columns % network.stride:
         raise UserError(f"--crop {rows}×{columns}: the sides must be multiples of {network.stride} for {name}")
@@ -136,6 +136,8 @@ def check_given_teacher(options: DistillOptions) -> None:
         raise UserError(
             f"{path}: holds a {card.network} for task {card.spec.task}, but --teacher says {options.teacher}"
         )
+    if options.context != card.spec.context:
+        raise UserError(f"{path}: was trained with --context {card.spec.context}; give its student the same one")
 
 
 def check_teacher_task(store: Store, options: DistillOptions) -> None:

@@ -77,6 +77,7 @@ def matching_cache(job: Job, targets: TeacherTargets, card: ModelCard) -> Teache
         "targets": shapes,
         "crop": crop.size,
         "crop_shift": crop.shift,
+        "context": job.spec.context,
         "dataset": o.dataset.stem,
         "slices": table.fingerprint,
         "views": {**asdict(views), "count": views.count} if views.drawn else sorted(views.orientations),

@@ -100,7 +100,7 @@ def build(job: Job, stage: Stage) -> nn.Module:
     """
     options = job.options
     set_seed(options.seed)
-    network = build_network(stage.network, classes=job.spec.classes, width=stage.width)
+    network = build_network(stage.network, job.spec.channels, job.spec.classes, stage.width)
     if stage.pretrained:
         load_pretrained(network, stage.pretrained)
     if hasattr(network, "set_support"):
@@ -121,6 +121,7 @@ def model_card(job: Job, stage: Stage) -> ModelCard:
         network=stage.network,
         width=stage.width,
         classes=job.spec.classes,
+        in_channels=job.spec.channels,
         method=stage.method,
         seed=options.seed,
         dataset=options.dataset.stem,

@@ -23,7 +23,8 @@ NUMBERS = np.array([0.2, 0.9, 0.35, 0.7])
 
 
 def view(views, row=3, number=1, image=IMAGE):
-    return views.of(row, number, image, LABEL, WINDOW, LABEL > 0)
+    (image,), label = views.of(row, number, [image], LABEL, WINDOW, LABEL > 0)
+    return image, label
 
 
 @pytest.mark.parametrize("shift", [(0, 0), (-3, 5), (20, 0)])
@@ -134,7 +135,7 @@ def test_image_and_label_move_alike(seed, row, number):
     image = transformations.changed(warp(label.astype(np.float32), matrix, (64, 64), 0, False)[np.newaxis], intensity)[
         0
     ]
-    seen = views.of(row, number, label.astype(np.int16), label, (0, 1), label > 0)[1]
+    seen = views.of(row, number, [label.astype(np.int16)], label, (0, 1), label > 0)[1]
     assert np.array_equal(seen, warp(label, matrix, (64, 64), 0, True))
     assert seen.sum() > 300
     assert ((image > 0.5) != (seen > 0)).sum() <= 0.05 * seen.sum()
@@ -149,9 +150,9 @@ def test_a_third_of_the_crops_from_anywhere_lie_around_the_target():
     assert shown.mean() == pytest.approx(1 / 3 + 2 / 3 * by_chance, abs=0.08)
     # Nothing to lie around, and a crop that is larger than the slice.
     empty = np.zeros_like(LABEL)
-    assert Views(Crop((16, 16)), anywhere=True).of(0, 0, IMAGE, empty, WINDOW, empty > 0)[0].shape == (16, 16)
-    large = Views(Crop((64, 64)), anywhere=True).of(0, 0, IMAGE, LABEL, WINDOW, LABEL > 0)
-    assert np.array_equal(large[0], Crop((64, 64)).of(IMAGE, -100))
+    assert Views(Crop((16, 16)), anywhere=True).of(0, 0, [IMAGE], empty, WINDOW, empty > 0)[0][0].shape == (16, 16)
+    large = Views(Crop((64, 64)), anywhere=True).of(0, 0, [IMAGE], LABEL, WINDOW, LABEL > 0)
+    assert np.array_equal(large[0][0], Crop((64, 64)).of(IMAGE, -100))
 
 
 def test_a_transformation_at_the_end_leaves_the_numbers_of_the_others(monkeypatch):
