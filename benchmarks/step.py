@@ -29,7 +29,8 @@ import numpy as np
 import torch
 
 from benchmarks.plain_spark import PlainSPARK, TeacherMapsSPARK, plain_levels
-from data_tools.store import create_store, open_store, write_case, write_split
+from data_tools.creation import create_store
+from data_tools.store import open_store, write_case, write_split
 from spark_dist.data.batches import SliceDataset, to_device
 from spark_dist.data.cache import CacheLayout
 from spark_dist.data.slices import slice_table

@@ -2,7 +2,7 @@
 
 A name or a shape is no mark: anybody's folder can be called `cache`, or have a `segments` in it. The marks are
 
-    store    zarr.json, whose attributes have the format of a slice store (`store.create_store` writes them)
+    store    zarr.json, whose attributes have the format of a slice store (`creation.create_store` writes them)
     cache    description.json, whose facts hash to the folder's own name (see `fingerprint`)
     job      job.json
     case     zarr.json, whose attributes have the case's name, its folder's, and the identity of its store

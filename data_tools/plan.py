@@ -22,6 +22,7 @@ from rich.table import Table
 from zarr.storage import MemoryStore
 
 from .arrays import write_arrays
+from .creation import check_store
 from .errors import UserError, say_error
 from .layouts import Source
 from .location import is_local
@@ -30,7 +31,7 @@ from .options import Options
 from .prepare import check_files, check_needed, convert, is_there, read_headers, reason, separate_doubles, source_hashes
 from .progress import console, progress
 from .report import bytes_text, window_text
-from .store import check_name, check_store, read_case
+from .store import check_name, read_case
 from .volumes import resized_affine
 
 SAMPLES = 3

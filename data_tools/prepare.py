@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .creation import create_store
 from .errors import Conflict, UserError, say_error
 from .identity import adopt, identity_of, stamp
 from .labels import regions_of
@@ -23,7 +24,7 @@ from .pool import results
 from .progress import console, progress
 from .report import add_case, cases_table, window_text
 from .split import PARTS
-from .store import Case, check_name, create_store, read_case, read_splits, write_case
+from .store import Case, check_name, read_case, read_splits, write_case
 from .volumes import (
     check_same_grid,
     resized,

@@ -18,7 +18,6 @@ a hash of its metadata and, in a case, of its arrays' metadata, so that no byte 
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,7 +29,6 @@ import numpy as np
 import zarr
 
 from .arrays import write_arrays
-from .aside import aside, remove_left
 from .errors import UserError, unknown_name
 from .identity import (
     attributes_of,
@@ -39,7 +37,6 @@ from .identity import (
     is_known,
     known_cases,
     mark_of,
-    new_identity,
     owns,
     remove_folder,
     set_known,
@@ -47,7 +44,7 @@ from .identity import (
 )
 from .labels import Task, in_order, make_task, regions_of
 from .location import exists, is_local, located, remove, zarr_place
-from .sealed import is_sealed, read_json, read_sealed, seal, write_sealed
+from .sealed import is_sealed, read_json, read_sealed, write_sealed
 
 FORMAT = "spark-dist slice store"
 VERSION = 2
@@ -148,71 +145,6 @@ class Store:
         cases = {name: [case.source, case.window, case.shape] for name, case in self.cases.items()}
         facts = {key: value for key, value in self.attributes.items() if key != "identity"}
         return hashlib.sha256(json.dumps([facts, cases], sort_keys=True).encode()).hexdigest()[:16]
-
-
-def create_store(path: Path, attributes: Mapping[str, Any]) -> None:
-    """Make an empty store, or check that the one at `path` was made with the same attributes.
-
-    Raises `UserError` if something else is at `path`, or a store with other labels, window or layout.
-    """
-    path = located(path)
-    path = path.resolve() if is_local(path) else path
-    remove_left(path)
-    if check_store(path, attributes):
-        return
-    wanted = _root_facts(attributes)
-    wanted["identity"] = new_identity(path, wanted)
-    if not is_local(path):
-        _write_root(path, wanted)
-        return
-    # Made beside and renamed: a run that is killed here leaves no half store, and of two at a time one is first.
-    new = aside(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        _write_root(new, wanted)
-        new.rename(path)
-    except OSError:
-        if not (path / "zarr.json").exists():
-            raise
-        create_store(path, attributes)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def check_store(path: Path, attributes: Mapping[str, Any]) -> bool:
-    """Whether there is a store at `path`; nothing is written.
-
-    Raises `UserError` if something else is there, or a store with other labels, window or layout.
-    """
-    path = located(path)
-    wanted = _root_facts(attributes)
-    if exists(path / "zarr.json"):
-        found = root_attributes(path)
-        # Labels in order, which is that of their stored values.
-        before = found | {"labels": in_order(found.get("labels", {}))}
-        if differing := [k for k in (*wanted, "regions") if json.dumps(before.get(k)) != json.dumps(wanted.get(k))]:
-            key = differing[0]
-            raise UserError(
-                f"{path}: this store was made with {key}={found.get(key)!r}, not {wanted.get(key)!r}; "
-                "prepare into another folder, or give the same options"
-            )
-        read_sealed(path)
-        return True
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path}: exists and is no slice store; name an empty or new folder")
-    return False
-
-
-def _root_facts(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    facts = {"labels": {}} | json.loads(json.dumps(dict(attributes)))
-    return {"format": FORMAT, "version": VERSION, **facts, "labels": in_order(facts["labels"])}
-
-
-def _write_root(path: Path, attributes: Mapping[str, Any]) -> None:
-    groups = (path, path / "cases", path / "splits")
-    # In a bucket the root comes last and makes the store visible; what is made aside is marked as ours from the start.
-    for group in groups if is_local(path) else reversed(groups):
-        seal(group, attributes)
 
 
 def write_case(

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.store import create_store, write_case, write_split
+from data_tools.creation import create_store
+from data_tools.store import write_case, write_split
 from spark_dist.data.views import Crop, SliceSpec
 from spark_dist.networks.checkpoint import ModelCard
 

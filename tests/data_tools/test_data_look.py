@@ -10,9 +10,10 @@ import zarr
 from matplotlib.image import imread
 
 from data_tools.cli import main
+from data_tools.creation import create_store
 from data_tools.preview import COLOURS, chosen_slices
 from data_tools.stats import count_intensities, measures
-from data_tools.store import Case, create_store, open_store, write_case
+from data_tools.store import Case, open_store, write_case
 
 
 class Page(HTMLParser):

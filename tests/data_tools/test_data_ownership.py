@@ -14,8 +14,8 @@ import pytest
 import zarr
 from nifti_cases import all_but_identity, all_files, save_kits
 
-from data_tools.aside import aside
 from data_tools.cli import main
+from data_tools.creation import aside, create_store
 from data_tools.errors import Conflict, UserError
 from data_tools.ownership import (
     MADE_BY,
@@ -28,7 +28,7 @@ from data_tools.ownership import (
     remove_owned,
 )
 from data_tools.sealed import read_sealed, seal
-from data_tools.store import create_store, delete_case, open_store, write_case
+from data_tools.store import delete_case, open_store, write_case
 
 CACHE = {"version": 2, "method": "spark", "crop": [8, 8]}
 
@@ -437,7 +437,7 @@ def test_killed_while_a_store_gets_its_identity(cohorts, steps):
 KILLED_ASIDE = """
 import os, signal, sys
 from pathlib import Path
-from data_tools import files, store
+from data_tools import creation, files
 left, real = int(sys.argv[1]), {place}
 def work(*parts):
     global left
@@ -445,7 +445,7 @@ def work(*parts):
     left < 0 and os.kill(os.getpid(), signal.SIGKILL)
     return real(*parts)
 {place} = work
-store.create_store(Path(sys.argv[2]), {{"labels": {{}}}})
+creation.create_store(Path(sys.argv[2]), {{"labels": {{}}}})
 """
 
 

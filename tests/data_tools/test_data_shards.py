@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, ZstdCodec
 
+from data_tools.creation import create_store
 from data_tools.errors import UserError
 from data_tools.shards import SliceReader, damage_named
-from data_tools.store import create_store, write_case
+from data_tools.store import write_case
 
 FACTS = {"affine": np.eye(4).tolist(), "spacing": [1, 1, 1], "window": [0, 1], "source": {}}
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from nifti_cases import all_files
 
 from data_tools.cli import main
+from data_tools.creation import create_store
 from data_tools.errors import UserError
 from data_tools.split import PARTS, split_by_folds, split_by_shares, splits_by_lists, with_unlabelled
-from data_tools.store import create_store, open_store, write_case
+from data_tools.store import open_store, write_case
 
 
 def a_store(with_tumour: int, without: int):

@@ -9,8 +9,9 @@ import pytest
 import zarr
 from nifti_cases import read, rewrite_json
 
+from data_tools.creation import create_store
 from data_tools.errors import UserError
-from data_tools.store import create_store, delete_case, open_store, write_case, write_split
+from data_tools.store import delete_case, open_store, write_case, write_split
 
 FACTS = {
     "labels": {"organ": [1], "tumour": [2]},

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from nifti_cases import AFFINE, ORIENTATIONS, at_world_places, read, save
 from scipy.spatial.transform import Rotation
 
+from data_tools.creation import create_store
 from data_tools.errors import UserError
 from data_tools.export import export
 from data_tools.layouts import Source
@@ -17,7 +18,7 @@ from data_tools.nifti import read_header, read_voxels
 from data_tools.options import Options
 from data_tools.prepare import prepare_case
 from data_tools.scans import Preparation, read_scan, write_prediction
-from data_tools.store import AXES, create_store, open_store
+from data_tools.store import AXES, open_store
 from data_tools.volumes import stored_image, stored_label, to_source_grid
 
 HERE = Path("there.nii.gz")
