@@ -141,7 +141,10 @@ def made_here(file: Path) -> bool:
         return False
 
 
-def check_output(file: Path) -> None:
-    """Raise `UserError` if there is a file that this program did not make, and would write over."""
+def check_output(file: Path, option: str = "--out") -> None:
+    """Raise `UserError` if there is a file that this program did not make, and would write over.
+
+    `option` is the command's that names the file.
+    """
     if (file.exists() or file.is_symlink()) and not made_here(file):
-        raise UserError(f"{file}: exists and was not made by spark-dist; move it away, or name another --out")
+        raise UserError(f"{file}: exists and was not made by spark-dist; move it away, or name another {option}")

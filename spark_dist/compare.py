@@ -5,19 +5,22 @@ if __name__ == "__main__":
 
     module_main("spark_dist.compare")
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from rich.box import HORIZONTALS
 from rich.console import Console
 from rich.table import Table
 
+from data_tools.errors import UserError
+from data_tools.files import write_text
+from data_tools.ownership import check_output
 from data_tools.progress import console
 from data_tools.tables import check_tables, write_tables
 from spark_dist.evaluation.comparison import Row, compare
+from spark_dist.evaluation.figures import FORMATS, comparison_figure
+from spark_dist.evaluation.tables import as_latex, as_markdown, as_table, heading, names
 from spark_dist.training.finished_runs import load_runs
 
 from .options import ServerOptions
@@ -30,101 +33,66 @@ class CompareOptions(ServerOptions):
     experiment: str = ""
     """MLflow experiment (dataset-task); may be left out where there is only one."""
     metric: str = "dice"
-    """The metric to compare: dice, hd95, assd, voe, or dice_labelled (the original's protocol)."""
+    """The metric to compare: dice, surface_dice, hd95, assd, voe, or dice_labelled (the original's protocol)."""
     csv: Path | None = None
     """CSV file for the table."""
     json: Path | None = None
     """JSON file for the table."""
+    markdown: Path | None = None
+    """Markdown file for the table."""
+    latex: Path | None = None
+    """LaTeX file for the table, which needs the package booktabs."""
+    figure: Path | None = None
+    """Picture of the metric against the number of parameters; its name's end says the format: .png, .pdf, .svg …"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.figure and (ending := self.figure.suffix.removeprefix(".").lower()) not in FORMATS:
+            raise UserError(
+                f"--figure {self.figure}: '{ending}' is no format of pictures; use {', '.join(sorted(FORMATS))}, "
+                "or --metric for what to compare"
+            )
 
 
 OPTIONS = CompareOptions
 
 
 def run(options: CompareOptions) -> None:
-    """Print the table, and write it if asked to."""
+    """Print the table, and write it and the figure if asked to."""
     columns = [field.name for field in fields(Row)]
     check_tables(columns, options.csv, options.json)
+    for option in ("markdown", "latex", "figure"):
+        if file := getattr(options, option):
+            check_output(file, f"--{option}")
     runs, notes = load_runs(options.tracking_uri, options.experiment)
     rows = compare(runs, options.metric)
-    groups: dict[tuple, list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.data or (row.dataset, row.split), row.task), []).append(row)
-    titles = Counter(title(group[0]) for group in groups.values())
-    for group in groups.values():
-        # The same names do not make the same data.
-        show(as_table(group, options.metric, group[0].data[:8] if titles[title(group[0])] > 1 else ""))
+    panels = by_heading(rows, options.metric)
+    for title, group in panels.items():
+        show(as_table(group, options.metric, title))
     for note in notes:
         console.print(note)
     write_tables(map(asdict, rows), columns, options.csv, options.json)
+    if options.markdown:
+        write_text(options.markdown, as_markdown(panels, options.metric))
+    if options.latex:
+        write_text(options.latex, as_latex(panels, options.metric))
+    if options.figure:
+        comparison_figure(panels, options.metric, options.figure)
 
 
-def title(row: Row) -> str:
-    """The names of a row's data."""
-    return f"{row.dataset}, {row.task}, split {row.split}"
+def by_heading(rows: Sequence[Row], metric: str) -> dict[str, list[Row]]:
+    """The rows of each data and task, which are a table of their own, by its heading.
 
-
-def as_table(rows: Sequence[Row], metric: str, fingerprint: str = "") -> Table:
-    """Rows of the same data for people, which a `fingerprint` may tell from data of the same names.
-
-    Differences are in points: hundredths for overlap metrics.
+    The same names do not make the same data: where they are of several, the heading says which.
     """
-    scale = 100 if metric.startswith(("dice", "voe", "rvd")) else 1
-    data = title(rows[0]) + (f" (data {fingerprint})" if fingerprint else "")
-    table = Table(title=f"{data}: test {metric} of {rows[0].cases} cases, mean and 95% interval", box=HORIZONTALS)
-    for name in (
-        "",
-        "network",
-        "seed",
-        "parameters",
-        metric,
-        "HD95 mm",
-        "points to alone" if scale == 100 else "to alone",
-    ):
-        table.add_column(name, justify="right" if name == "parameters" else "left", overflow="fold")
-    for before, row in zip([None, *rows], rows, strict=False):
-        if before and "seeds" in row.seeds and "seeds" not in before.seeds:
-            table.add_section()
-        difference = ""
-        if row.difference is not None:
-            parts = [scale * part for part in (row.difference, row.difference_low, row.difference_high)]
-            difference = finite("{:+.2f} [{:+.2f}, {:+.2f}]", *parts) + missed(row.difference_misses)
-            difference += "*" if row.against == "all seeds" else ""
-        table.add_row(
-            row.title,
-            row.network if row.width == 1 else f"{row.network} ×{row.width:g}",
-            row.seeds,
-            f"{row.parameters:,}",
-            finite("{:.4f} [{:.3f}, {:.3f}]", row.mean, row.low, row.high) + missed(row.misses),
-            finite("{:.1f}", row.hd95) + missed(row.hd95_misses),
-            difference,
-        )
-    table.caption = "\n".join(remarks(rows))
-    return table
-
-
-def remarks(rows: Sequence[Row]) -> list[str]:
-    """Notes that a table needs on its differences and intervals."""
-    lines = []
-    if any(row.against == "all seeds" for row in rows):
-        lines.append("* no student alone of the same seed: to the mean of those there are")
-    several = [row.seeds for row in rows if row.seeds.endswith(" seeds")]
-    if len(several) < len(rows):
-        lines.append("one seed: the interval is over cases alone and says nothing of another seed")
-    if "2 seeds" in several:
-        lines.append(
-            "2 seeds: the interval misses the true value more often than one time in twenty; take three or more"
-        )
-    return lines
-
-
-def finite(pattern: str, *values: float) -> str:
-    """Values in a pattern, or a dash where every case is missed."""
-    return "–" if math.isnan(values[0]) else pattern.format(*values)
-
-
-def missed(misses: int) -> str:
-    """Says that a mean is without some cases."""
-    return f" ({misses} missed)" if misses else ""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.data or (row.dataset, row.split), row.task), []).append(row)
+    titles = Counter(names(group[0]) for group in groups.values())
+    return {
+        heading(group, metric, group[0].data[:8] if titles[names(group[0])] > 1 else ""): group
+        for group in groups.values()
+    }
 
 
 def show(table: Table) -> None:

@@ -29,14 +29,17 @@ GIVEN = {
     "distill": (JOB | TEACHER, ()),
     "cache": (JOB | TEACHER | {"cache-folder": "caches"}, ()),
     "evaluate": (DATA | {"split": "short", "out": "new.json"}, ("best.safetensors",)),
-    "compare": ({"csv": "new.csv", "json": "new.json"}, ()),
+    "compare": (
+        {"csv": "new.csv", "json": "new.json", "markdown": "new.md", "latex": "new.tex", "figure": "new.png"},
+        (),
+    ),
     "profile": ({"crop": "32", "csv": "new.csv", "json": "new.json"}, ("enet",)),
     "picture": (DATA | {"rows": "1", "out": "new.png"}, ("best.safetensors",)),
     "sweep": ({}, ("grid.yaml",)),
     "track-sync": ({}, ("job",)),
 }
 """Options and arguments with which each command does something; one of them, or another one, then gets any value."""
-OUTPUTS = ("out", "csv", "json", "cache-folder")
+OUTPUTS = ("out", "csv", "json", "markdown", "latex", "figure", "cache-folder")
 """Options that name what a command may write."""
 
 NUMBERS = st.one_of(

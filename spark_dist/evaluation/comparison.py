@@ -3,10 +3,14 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from statistics import fmean
 
 from data_tools.errors import unknown_name
 
 from .intervals import difference_over_seeds, over_seeds
+
+LOWER_IS_BETTER = ("hd", "assd", "voe", "false_positive")
+"""Metrics whose names begin so are errors."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,10 @@ class Run:
     """Metrics of the test cases."""
     data: str = ""
     """A hash of the split's cases; none in runs that were logged before it was."""
+    gflops: float | None = None
+    """Of one slice of the training's crop; a multiply-add counts 2."""
+    latency_ms: float | None = None
+    """Of one slice, where it was measured and logged."""
 
     @property
     def setting(self) -> tuple:
@@ -55,7 +63,7 @@ class Run:
         return self.role != "teacher", self.distilled, self.network, self.width, self.method, self.teacher
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """A line of the table, of one run or of one kind of run over its seeds. Dice and differences are fractions of 1."""
 
@@ -69,6 +77,10 @@ class Row:
     teacher: str
     seeds: str
     parameters: int
+    gflops: float | None = None
+    """Of one slice of the training's crop; a multiply-add counts 2."""
+    latency_ms: float | None = None
+    """Of one slice, where it was measured and logged."""
     cases: int
     mean: float
     low: float
@@ -77,6 +89,8 @@ class Row:
     """Cases without a finite value, which the mean is without."""
     hd95: float
     hd95_misses: int
+    false_positive_ml: float | None = None
+    """Predicted in slices and cases without the target; the mean over cases."""
     difference: float | None = None
     """To the student alone, with its interval; none for teachers and students alone."""
     difference_low: float | None = None
@@ -86,6 +100,8 @@ class Row:
     """The student alone of the "same seed", or the mean over "all seeds" where there is none of that seed."""
     data: str = ""
     """A hash of the split's cases."""
+    gap_closed: float | None = None
+    """The difference over that of the teacher to the student alone; none where the teacher is not the better one."""
 
     @property
     def title(self) -> str:
@@ -94,6 +110,10 @@ class Row:
         if self.method == "none":
             return "student alone"
         return f"student, {self.method}" + (f" ({self.teacher})" if self.teacher else "")
+
+    @property
+    def named_network(self) -> str:
+        return self.network if self.width == 1 else f"{self.network} ×{self.width:g}"
 
 
 def compare(runs: Sequence[Run], metric: str = "dice") -> list[Row]:
@@ -119,12 +139,14 @@ def make_row(members: Sequence[Run], runs: Sequence[Run], metric: str) -> Row:
     values = [values_of(item, metric) for item in members]
     summary = over_seeds(values)
     hd95 = over_seeds([values_of(item, "hd95") for item in members])
+    wrong = [metrics.get("false_positive_ml") for item in members for metrics in item.cases.values()]
     return Row(
         **{field.name: getattr(first, field.name) for field in fields(Run) if field.name not in ("seed", "cases")},
         seeds=first.seed if len(members) == 1 else f"{len(members)} seeds",
         **{key: summary[key] for key in ("cases", "mean", "low", "high", "misses")},
         hd95=hd95["mean"],
         hd95_misses=hd95["misses"],
+        false_positive_ml=None if None in wrong else fmean(wrong),
         **against_alone(members, values, runs, metric),
     )
 
@@ -151,7 +173,32 @@ def against_alone(
         "difference_high": difference["high"],
         "difference_misses": difference["misses"],
         "against": "same seed" if paired else "all seeds",
+        "gap_closed": gap_closed(difference["mean"], teachers_of(members, runs, metric), base, metric),
     }
+
+
+def teachers_of(members: Sequence[Run], runs: Sequence[Run], metric: str) -> list[dict[str, float]]:
+    """The metric's values of the teachers of distilled students, those of their own seeds if there are any; nothing if
+    it is not clear which they are."""
+    first = members[0]
+    same = [r for r in runs if (r.setting, r.network, r.method) == (first.setting, first.teacher, "none")]
+    # A teacher that was given by its checkpoint may have been trained alone.
+    same = [r for r in same if r.role == "teacher"] or same
+    if len({item.width for item in same}) != 1:
+        return []
+    seeds = {item.seed for item in members}
+    return [values_of(item, metric) for item in [r for r in same if r.seed in seeds] or same]
+
+
+def gap_closed(
+    difference: float, teachers: Sequence[dict[str, float]], base: Sequence[dict[str, float]], metric: str
+) -> float | None:
+    """A difference to the student alone over the teacher's; None where the teacher is no better, or unknown."""
+    if not teachers or metric.startswith("rvd"):
+        return None
+    sign = -1 if metric.startswith(LOWER_IS_BETTER) else 1
+    gap = sign * difference_over_seeds(teachers, base, paired=False)["mean"]
+    return sign * difference / gap if gap > 0 else None
 
 
 def values_of(item: Run, metric: str) -> dict[str, float]:

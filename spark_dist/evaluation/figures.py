@@ -1,14 +1,17 @@
-"""Drawings for people: predictions beside the ground truth, and curves."""
+"""Drawings for people: predictions beside the ground truth, compared runs, and curves."""
 
+import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from torch import nn
 
 from data_tools.labels import fullest
@@ -17,6 +20,7 @@ from data_tools.store import Store
 from spark_dist.data.slices import VoxelReader
 from spark_dist.data.views import SliceSpec
 
+from .comparison import Row
 from .inference import predicted_classes, probabilities
 from .metrics import dice, overlap_counts
 
@@ -119,6 +123,70 @@ def around(region: np.ndarray, margin: float = 0.6) -> tuple[slice, slice]:
         start = max(0, min((found[0] + found[-1] - side) // 2, length - side))
         box.append(slice(start, start + side))
     return tuple(box)
+
+
+PALETTE = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = "sovD^Pp"
+"""Okabe and Ito's colours, which colour-blind people tell apart, and a form for each besides."""
+MILLIMETRES = ("hd", "assd")
+
+
+def comparison_figure(parts: Mapping[str, Sequence[Row]], metric: str, path: Path) -> None:
+    """A metric against the number of parameters, with its 95% intervals as bars; a panel for each part, by its title.
+
+    Where a kind of network was trained with several seeds, only the row over all of them is shown.
+    """
+    figure = Figure(figsize=(8, 4.2 * len(parts)), layout="constrained", facecolor="white")
+    handles: dict[str, Any] = {}
+    titles = list(dict.fromkeys(row.title for rows in parts.values() for row in rows))
+    for axis, (heading, rows) in zip(figure.subplots(len(parts), squeeze=False)[:, 0], parts.items(), strict=True):
+        shown = [row for row in over_all_seeds(rows) if math.isfinite(row.mean)]
+        networks: dict[tuple[int, str], list[Row]] = defaultdict(list)
+        for row in shown:
+            networks[row.parameters, row.named_network].append(row)
+        for (parameters, network), members in networks.items():
+            for place, row in enumerate(members):
+                colour, marker = look(titles.index(row.title))
+                axis.errorbar(
+                    # Students of one network stand beside each other.
+                    parameters * 1.04 ** (place - (len(members) - 1) / 2),
+                    row.mean,
+                    [[row.mean - row.low], [row.high - row.mean]],
+                    color=colour,
+                    marker=marker,
+                    linestyle="none",
+                    capsize=3,
+                    label=row.title,
+                )
+            above = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center", "fontsize": 8}
+            axis.annotate(network, (parameters, max(row.high for row in members)), **above, parse_math=False)
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set_xlabel("parameters")
+        axis.set_ylabel(f"test {metric}" + (" (mm)" if metric.startswith(MILLIMETRES) else ""))
+        axis.set_title(heading, fontsize=9, parse_math=False)
+        axis.margins(x=0.15, y=0.15)
+        axis.grid(alpha=0.3)
+        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    legend = figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=8)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    save(figure, path)
+
+
+def look(number: int) -> tuple[str, str]:
+    """Colour and form of the kind of this number; 49 pairs differ."""
+    return PALETTE[number % len(PALETTE)], MARKERS[(number + number // len(PALETTE)) % len(MARKERS)]
+
+
+def over_all_seeds(rows: Sequence[Row]) -> list[Row]:
+    """The row over all seeds of each kind, and the only one of a kind with one seed."""
+    kinds: dict[tuple, Row] = {}
+    for row in rows:  # that over all seeds comes last
+        kinds[row.title, row.network, row.width] = row
+    return list(kinds.values())
 
 
 def curves_figure(histories: Mapping[str, Sequence[tuple[float, float]]], label: str, path: Path) -> None:

@@ -1,5 +1,6 @@
 """The finished runs on a tracking server, with the metrics of their test cases."""
 
+import json
 import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 from data_tools.errors import UserError, unknown_name
 from spark_dist.evaluation.comparison import Run
 from spark_dist.evaluation.metrics import read_cases
+from spark_dist.networks.cost import gflops_of
 
 from .mlflow_client import SQLITE, absolute_uri, brief, make_client
 
@@ -52,6 +54,8 @@ def load_runs(tracking_uri: str, name: str = "") -> tuple[list[Run], list[str]]:
             parameters=int(tags["parameters"]),
             cases=cases,
             data=above.get("data", ""),
+            gflops=operations(item),
+            latency_ms=item.data.metrics.get("latency_ms"),
         )
         runs.append(loaded)
     runs, notes = with_known_data(runs)
@@ -83,6 +87,19 @@ def with_known_data(runs: list[Run]) -> tuple[list[Run], list[str]]:
     ]
     note = f"{old} runs do not say which cases they are of: they are compared by the names of dataset and split"
     return adopted, [note] if old else []
+
+
+def operations(item) -> float | None:
+    """GFLOPs of a run's network on one slice of its crop: as logged, else computed; None for a network that is not
+    known here."""
+    if "gflops" in item.data.metrics:
+        return item.data.metrics["gflops"]
+    try:
+        crop = json.loads(item.data.params["crop"].replace("(", "[").replace(")", "]"))
+        rows, columns = (crop, crop) if isinstance(crop, int) else crop
+        return gflops_of(item.data.tags["network"], float(item.data.tags["width"]), (rows, columns))
+    except (KeyError, ValueError, TypeError, UserError):
+        return None
 
 
 def reach(tracking_uri: str) -> tuple[Any, dict[str, str]]:

@@ -1,16 +1,18 @@
 import csv
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from data_tools.errors import UserError
 from spark_dist.cli import main
-from spark_dist.compare import remarks
 from spark_dist.evaluation.comparison import Run, compare
 from spark_dist.evaluation.intervals import seeds_interval
 from spark_dist.evaluation.metrics import write_cases
+from spark_dist.evaluation.tables import as_latex, as_markdown, columns, heading, remarks
+from spark_dist.networks.cost import gflops_of
 from spark_dist.training.finished_runs import load_runs, with_known_data
 from spark_dist.training.mlflow_client import make_client
 from spark_dist.training.tracking import open_run
@@ -23,7 +25,7 @@ def trained(values, network="enet", role="student", method="none", seed=1, **oth
     metrics = {case: {"dice": dice, "hd95": 2.0} for case, dice in zip("abcdefgh", values, strict=False)}
     facts = {"dataset": "kits", "task": "organ", "split": "default", "width": 1.0, "teacher": ""}
     facts |= {"role": role, "network": network, "method": method, "seed": str(seed), "cases": metrics}
-    return Run(**facts | {"parameters": NETWORKS[network]} | other)
+    return Run(**facts | {"parameters": NETWORKS.get(network)} | other)
 
 
 def difference(rows, seeds="1"):
@@ -108,6 +110,92 @@ def test_the_table_says_how_many_seeds_and_warns_below_three(seeds, warnings):
     assert len(seeds) == 1 or rows[-1].seeds == f"{len(seeds)} seeds"
 
 
+@pytest.mark.parametrize(
+    ("teacher", "closed"),
+    [
+        ({"seed": 1, "values": [0.7, 0.9]}, 0.5),
+        ({"seed": 2, "values": [0.7, 0.9]}, 0.5),
+        ({"seed": 1, "values": [0.7, 0.9], "role": "student"}, 0.5),  # trained alone and given by its checkpoint
+        ({"seed": 1, "values": [0.55, 0.75]}, 2.0),
+        ({"seed": 1, "values": [0.5, 0.7]}, None),
+        ({"seed": 1, "values": [0.4, 0.6]}, None),
+        ({"seed": 1, "values": [0.7, 0.9], "network": "enet"}, None),
+        ({"seed": 1, "values": [0.7, 0.9], "task": "tumour"}, None),
+    ],
+)
+def test_the_share_of_the_gap_to_the_teacher(teacher, closed):
+    values = teacher.pop("values")
+    taught = trained(values, **{"network": "unet", "role": "teacher"} | teacher)
+    rows = compare([trained([0.5, 0.7]), trained([0.6, 0.8], method="spark", teacher="unet"), taught])
+    assert difference(rows).gap_closed == (closed and pytest.approx(closed))
+    assert all(row.gap_closed is None for row in rows if row.method == "none")
+
+
+def test_of_teachers_of_several_widths_none_is_the_teacher():
+    teachers = [trained([0.9, 0.9], "unet", "teacher", width=width) for width in (0.25, 1.0)]
+    rows = compare([trained([0.5, 0.7]), trained([0.6, 0.8], method="spark", teacher="unet"), *teachers])
+    assert difference(rows).gap_closed is None
+
+
+@pytest.mark.parametrize(("metric", "closed"), [("hd95", 0.25), ("rvd", None)])
+def test_the_gap_of_an_error_is_closed_from_above(metric, closed):
+    runs = [trained([0.5, 0.5]), trained([0.5, 0.5], method="spark", teacher="unet")]
+    runs.append(trained([0.5, 0.5], "unet", "teacher"))
+    for item, error in zip(runs, (6.0, 5.0, 2.0), strict=True):
+        for metrics in item.cases.values():
+            metrics |= {"hd95": error, "rvd": error}
+    assert difference(compare(runs, metric)).gap_closed == (closed and pytest.approx(closed))
+
+
+def test_the_gap_over_seeds_is_that_of_the_means():
+    runs, alone, spark = several()
+    best = alone + 0.2
+    runs += [trained(values, "unet", "teacher", seed=seed) for seed, values in enumerate(best)]
+    runs = [replace(item, teacher="unet") if item.method == "spark" else item for item in runs]
+    row = difference(compare(runs), "3 seeds")
+    assert row.gap_closed == pytest.approx((spark - alone).mean() / 0.2)
+
+
+def test_what_no_run_knows_has_no_column():
+    runs = [trained([0.5, 0.7], gflops=3.25), trained([0.6, 0.8], "unet", "teacher", gflops=500.0)]
+    found = columns(compare(runs), "dice")
+    assert found["GFLOPs"] == ["500", "3.25"]
+    assert not {"latency ms", "FP ml", "points to alone", "gap closed"} & found.keys()
+    for item in runs:
+        for metrics, wrong in zip(item.cases.values(), (1.0, 2.0), strict=True):
+            metrics["false_positive_ml"] = wrong
+    assert columns(compare(runs), "dice")["FP ml"] == ["1.50", "1.50"]
+
+
+def test_the_table_in_markdown_and_latex():
+    runs = [
+        trained([0.5, 0.7], dataset="a_b|c%", width=0.5),
+        trained([0.4, 0.6], method="spark", teacher="unet", seed=2, dataset="a_b|c%", width=0.5),
+    ]
+    rows = compare(runs)
+    panels = {heading(rows, "dice"): rows}
+    mark, blank, *lines = as_markdown(panels, "dice").splitlines()
+    assert (mark, blank) == ("<!-- made by spark-dist -->", "")
+    assert lines[0] == "### a\\_b\\|c%, organ, split default: test dice of 2 cases, mean and 95% interval"
+    assert lines[2:4] == [
+        "|  | network | seed | parameters | dice | HD95 mm | points to alone |",
+        "|---|---|---|---:|---|---|---|",
+    ]
+    assert lines[5].startswith(
+        "| student, spark (unet) | enet ×0.5 | 2 | 353,761 | 0.5000 [0.400, 0.600] | 2.0 | -10.00 ["
+    )
+    assert lines[5].endswith("]\\* |")
+    assert lines[7].startswith("- \\* no student alone of the same seed")
+
+    text = as_latex(panels, "dice")
+    assert text.startswith("% made by spark-dist\n")
+    assert "a\\_b|c\\%, organ" in text
+    body = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert [line.count(" & ") for line in body] == [6] * 3
+    assert r"student, spark (unet) & enet $\times$0.5 & 2 & 353,761 & 0.5000 [0.400, 0.600] & 2.0 & $-$10.00 [" in text
+    assert text.count(r"\begin{") == text.count(r"\end{") == 2
+
+
 def test_students_of_different_teachers_are_of_different_kinds():
     rows = compare([trained([0.5], method="spark", teacher=t, seed=s) for t in ("unet", "raunet") for s in (1, 2)])
     assert sorted((row.teacher, row.seeds) for row in rows) == [
@@ -126,13 +214,25 @@ def store(tmp_path, monkeypatch):
     return f"sqlite:///{tmp_path}/mlflow.db"
 
 
-def logged(store, folder, run, finished=True, experiment="kits-organ", data="a hash", **changed):
+def logged(
+    store,
+    folder,
+    run,
+    finished=True,
+    experiment="kits-organ",
+    data="a hash",
+    params=None,
+    metrics=None,
+    **changed,
+):
     """Log a job of one stage as a training job does, with its tags or `changed` ones, or without `data` as of old."""
     tags = ({"teacher": run.teacher} if run.teacher else {}) | ({"data": data} if data else {})
     parent = open_run(store, experiment, folder.name, folder, tags, {})
     keys = ("dataset", "task", "split", "width", "role", "network", "method", "seed", "parameters")
     tags = {key: str(getattr(run, key)) for key in keys} | changed
-    tracker = open_run(store, experiment, f"{run.role} {run.network}", folder / run.role, tags, {}, parent)
+    tracker = open_run(store, experiment, f"{run.role} {run.network}", folder / run.role, tags, params or {}, parent)
+    if metrics:
+        tracker.metrics(metrics, step=0)
     if finished:
         file = folder / run.role / "test_cases.json"
         write_cases(file, run.cases, task=run.task, split="test", threshold=0.5)
@@ -152,8 +252,8 @@ def test_from_the_runs_to_the_table_and_its_files(store, tmp_path, capsys):
     foreign = {"mlflow.runName": "foreign", "role": "teacher"}
     foreign = client.create_run(client.get_experiment_by_name("kits-organ").experiment_id, tags=foreign)
     client.log_artifact(foreign.info.run_id, tmp_path / "old" / "student" / "test_cases.json")
-    files = ("--csv", "out/rows.csv", "--json", "out/rows.json")
-    assert main(["compare", "--tracking-uri", store, *files]) == 0
+    files = ("--csv", "out/rows.csv", "--json", "out/rows.json", "--markdown", "out/rows.md", "--latex", "out/rows.tex")
+    assert main(["compare", "--tracking-uri", store, *files, "--figure", "out/dice.png"]) == 0
     text = capsys.readouterr().out
     assert "foreign" not in text
     assert "kits, organ" in text
@@ -174,6 +274,14 @@ def test_from_the_runs_to_the_table_and_its_files(store, tmp_path, capsys):
     with open(tmp_path / "out" / "rows.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["difference"] for line in lines] == ["", str(rows[1]["difference"])]
+
+    before = (tmp_path / "out" / "rows.md").read_text()
+    assert "+15.00 [+10.00, +20.00]" in before
+    assert "+15.00 [+10.00, +20.00]" in (tmp_path / "out" / "rows.tex").read_text()
+    assert (tmp_path / "out" / "dice.png").stat().st_size > 10_000
+    again = ("--markdown", "out/rows.md", "--latex", "out/rows.tex", "--figure", "out/dice.png", "--metric", "hd95")
+    assert main(["compare", "--tracking-uri", store, *again]) == 0  # over what it made itself
+    assert (tmp_path / "out" / "rows.md").read_text() != before
 
     logged(store, tmp_path / "lits", trained([0.5]), experiment="lits-organ")
     assert main(["compare", "--tracking-uri", store]) != 0
@@ -222,6 +330,16 @@ def test_tables_are_not_written_over_other_files(tmp_path, monkeypatch, capsys, 
     assert (tmp_path / "zarr.json").read_text() == text
 
 
+@pytest.mark.parametrize("option", ["--markdown", "--latex", "--figure"])
+def test_tables_and_figures_are_not_written_over_the_files_of_others(tmp_path, monkeypatch, capsys, option):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "chapter.svg").write_text("# My thesis")
+    assert main(["compare", "--tracking-uri", "sqlite:///none.db", option, "chapter.svg"]) == 2
+    error = f"error: chapter.svg: exists and was not made by spark-dist; move it away, or name another {option}"
+    assert capsys.readouterr().err.strip() == error
+    assert (tmp_path / "chapter.svg").read_text() == "# My thesis"
+
+
 def test_tables_are_written_over_older_ones(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for width in ("0.25", "0.5"):
@@ -260,6 +378,32 @@ def test_mistakes_are_one_line(store, tmp_path, capsys):
     (file,) = (tmp_path / "mlartifacts").rglob("test_cases.json")
     file.write_text(file.read_text()[:-20])
     assert "run other/student enet" in error()
+
+
+def test_the_cost_of_a_network_is_as_logged_or_computed(store, tmp_path):
+    known = {"gflops": 1.5, "latency_ms": 12.0}
+    logged(store, tmp_path / "logged", trained([0.5], seed=0), params={"crop": 64}, metrics=known)
+    logged(store, tmp_path / "square", trained([0.5], seed=1), params={"crop": 64})
+    logged(store, tmp_path / "oblong", trained([0.5], seed=2), params={"crop": [64, 128]})
+    logged(store, tmp_path / "unknown", trained([0.5], seed=3))
+    logged(store, tmp_path / "foreign", trained([0.5], "mynet", seed=4, parameters=9), params={"crop": 64})
+    runs, _ = load_runs(store)
+    assert {run.seed: (run.gflops, run.latency_ms) for run in runs} == {
+        "0": (1.5, 12.0),
+        "1": (pytest.approx(gflops_of("enet", 1.0, (64, 64))), None),
+        "2": (pytest.approx(gflops_of("enet", 1.0, (64, 128))), None),
+        "3": (None, None),
+        "4": (None, None),
+    }
+
+
+@pytest.mark.parametrize("name", ["hd95", "dice.txt", "dice."])
+def test_a_figure_that_is_no_picture_is_one_line(capsys, name):
+    assert main(["compare", "--figure", name]) == 2
+    text = capsys.readouterr().err.strip()
+    assert "\n" not in text
+    assert "is no format of pictures" in text
+    assert "--metric" in text
 
 
 def test_of_one_kind_and_seed_the_last_is_shown(store, tmp_path):

@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 
@@ -6,13 +7,17 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
+from spark_dist.evaluation.comparison import Row
 from spark_dist.evaluation.figures import (
     MISSED,
     TARGET,
     WRONG,
     PredictedSlice,
     around,
+    comparison_figure,
     curves_figure,
+    look,
+    over_all_seeds,
     prediction_figure,
 )
 
@@ -90,3 +95,41 @@ def test_curves(tmp_path):
 def test_pictures_need_no_display_and_leave_pyplot_alone():
     code = "import spark_dist.evaluation.figures, sys; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def compared(network, parameters, mean, seeds="1", **other):
+    facts = {"dataset": "kits", "task": "organ", "split": "default", "role": "student", "method": "none", "teacher": ""}
+    figures = {
+        "cases": 3,
+        "mean": mean,
+        "low": mean - 0.1,
+        "high": mean + 0.1,
+        "misses": 0,
+        "hd95": 1.0,
+        "hd95_misses": 0,
+    }
+    return Row(**facts | figures | {"network": network, "width": 1.0, "parameters": parameters, "seeds": seeds} | other)
+
+
+def test_of_several_seeds_the_comparison_shows_the_row_over_all(tmp_path):
+    rows = [compared("enet", 350_000, 0.5), compared("unet", 31_000_000, 0.9, role="teacher")]
+    rows += [compared("enet", 350_000, 0.7, seeds="2"), compared("enet", 350_000, 0.6, seeds="2 seeds")]
+    assert [(row.network, row.seeds) for row in over_all_seeds(rows)] == [("enet", "2 seeds"), ("unet", "1")]
+    comparison_figure({"kits": rows}, "dice", tmp_path / "many.svg")
+    text = (tmp_path / "many.svg").read_text()
+    for shown in ("parameters", "test dice", "teacher", "student alone", "enet", "unet"):
+        assert f"<!-- {shown} -->" in text
+
+
+def test_a_comparison_of_misses_and_of_names_that_look_like_formulas(tmp_path):
+    missed = compared("enet", 350_000, math.nan, method="kd", teacher="$x$")
+    comparison_figure({"$y": [compared("a$b$", 9, 0.5), missed]}, "hd95", tmp_path / "odd.svg")
+    text = (tmp_path / "odd.svg").read_text()
+    assert "<!-- test hd95 (mm) -->" in text
+    assert "<!-- a$b$ -->" in text
+    assert "student, kd" not in text
+
+
+def test_kinds_are_told_apart_by_colour_and_form():
+    assert len({look(number) for number in range(20)}) == 20
+    assert len({look(number)[0] for number in range(7)}) == len({look(number)[1] for number in range(7)}) == 7
