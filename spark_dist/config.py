@@ -269,6 +269,11 @@ class DistillationOptions(Options):
     weights: dict[str, Number] = field(default_factory=dict)
     """Weights of the method's loss terms, and its settings such as temperature, that differ from its defaults, for
     instance --weights.gain 10."""
+    distill_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Schedule of the weight of the distillation, that is of all loss terms but those of the ground truth: constant, or
+    decay to 0 at the end."""
+    distill_warmup: NonNegative = 0.0
+    """Steps in which that weight grows from 0 before; below 1: the part of all steps (0: no warm-up)."""
     unlabelled_share: Annotated[float, Bounds(at_least=0, below=1)] = 0.0
     """Share of each batch that are slices of the split's unlabelled cases, which the student learns from the teacher
     alone: its prediction takes the place of their ground truth (0: none)."""

@@ -5,6 +5,7 @@ if __name__ == "__main__":
 
     module_main("spark_dist.distill")
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 from spark_dist.networks.checkpoint import load_network
 from spark_dist.teacher.targets import TeacherTargets
 from spark_dist.training.checks import check
-from spark_dist.training.distillation import Distillation
+from spark_dist.training.distillation import Distillation, distillation_factor
 from spark_dist.training.frozen_teacher import (
     choose_cache,
     distiller_between,
@@ -122,11 +123,16 @@ def with_teacher(job: Job, checkpoint: Path, epochs: range, student: nn.Module) 
         targets.cache = cache
         if o.rounds > 1:
             only_generation(job, cache.folder)
-    return Teaching(Distillation(student, targets.distiller), targets)
+    return Teaching(Distillation(student, targets.distiller, schedule=schedule_of(o)), targets)
 
 
 def with_live_teacher(job: Job, teacher: LiveTeacher, student: nn.Module) -> Teaching:
     """A student with the distiller between it and a teacher that trains at every step."""
     distiller = distiller_between(job, student.taps, teacher.network.taps)
-    distillation = Distillation(student, distiller, teacher.network)
+    distillation = Distillation(student, distiller, teacher.network, schedule_of(job.options))
     return Teaching(distillation, TeacherTargets(None, distiller, None, None), teacher)
+
+
+def schedule_of(options: DistillOptions) -> Callable[[int, int], float]:
+    """The factor on the distillation's terms as a function of (step, total steps)."""
+    return partial(distillation_factor, options.distill_schedule, options.distill_warmup)

@@ -21,6 +21,8 @@ class Distiller(nn.Module):
     """
 
     fewest_slices = 1
+    supervised: tuple[str, ...] = ("segmentation",)
+    """Loss terms of the ground truth alone, which a schedule of the distillation's weight leaves as they are."""
 
     def teacher_targets(self, teacher: NetworkOutput, mask: Tensor) -> dict[str, Tensor]:
         """All that this method needs to know of the teacher, per sample, batch first, and nothing more.

@@ -32,6 +32,8 @@ class CRD(Distiller):
     `samples` is the number of training slices. Raises `UserError` in training if there are not two.
     """
 
+    supervised = ("cross_entropy",)
+
     def __init__(
         self,
         student: Taps,

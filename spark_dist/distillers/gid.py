@@ -26,6 +26,8 @@ class GID(Distiller):
     Several classes: cross entropy and KL are over all classes, the Dice is the mean over all, also the background.
     """
 
+    supervised = ("cross_entropy", "dice")
+
     def __init__(self, student: Taps, teacher: Taps, cross_entropy: float = 0.5, dice: float = 0.5, kl: float = 0.01):
         super().__init__()
         self.cross_entropy, self.dice, self.kl = cross_entropy, dice, kl

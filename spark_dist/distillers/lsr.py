@@ -18,6 +18,8 @@ class LSR(PredictionDistiller):
     Several classes: both KL are over all classes.
     """
 
+    supervised = ("truth",)
+
     def __init__(self, student: Taps, teacher: Taps, truth: float = 0.95, kl: float = 0.05, temperature: float = 40.0):
         super().__init__()
         self.truth, self.kl, self.temperature = truth, kl, temperature

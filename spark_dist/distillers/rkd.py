@@ -21,6 +21,7 @@ class RKD(Distiller):
     """
 
     fewest_slices = 3
+    supervised = ("cross_entropy",)
 
     def __init__(
         self,

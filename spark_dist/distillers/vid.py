@@ -22,6 +22,8 @@ class VID(Distiller):
     Caches both feature maps, pooled to that size. Defined per sample.
     """
 
+    supervised = ("cross_entropy",)
+
     def __init__(
         self,
         student: Taps,

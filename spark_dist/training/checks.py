@@ -85,6 +85,15 @@ def check_shares(options: TrainingOptions, table: SliceTable, processes: int) ->
         )
 
 
+def check_warmup(options: TrainingOptions, table: SliceTable) -> None:
+    """Raises `UserError` for a warm-up of the distillation that the student's training on a table does not outlast."""
+    if isinstance(options, DistillOptions):
+        steps = options.epochs_of(table) * options.order(table).steps
+        if options.distill_warmup >= steps:
+            given = f"--distill-warmup {options.distill_warmup:g}"
+            raise UserError(f"{given} must be less than the {steps} steps that the student trains for")
+
+
 def check_together(options: DistillOptions) -> None:
     """Raises `UserError` for ways of training teacher and student that exclude each other."""
     if options.teacher_checkpoint and (options.rounds > 1 or options.together == "live"):

@@ -21,7 +21,14 @@ from spark_dist.data.views import SliceSpec
 from spark_dist.networks.checkpoint import load_network
 from spark_dist.teacher.fingerprint import weights_hash
 
-from .checks import check_crop, check_rounds, check_shares, check_teacher_cases, check_teacher_task
+from .checks import (
+    check_crop,
+    check_rounds,
+    check_shares,
+    check_teacher_cases,
+    check_teacher_task,
+    check_warmup,
+)
 from .distributed import by_main, listen_for_stop, make_accelerator, shut_down
 from .folder import check_folder, claim, plain
 from .journal import finished
@@ -94,6 +101,7 @@ def open_job(options: TrainingOptions, tags: Mapping[str, Any]) -> Iterator[Job]
         raise UserError("--sync-batchnorm needs GPUs; leave it out on CPUs")
     check_shares(options, table, accelerator.num_processes)
     check_shares(options, transfer, accelerator.num_processes)
+    check_warmup(options, transfer)
     data = split_fingerprints(store, options.split)
     facts = {"world_size": accelerator.num_processes, "git_commit": git_commit(), "seed": options.seed}
     facts |= {"dataset": options.dataset.stem, "task": task, "data": fingerprint(data), **tags}

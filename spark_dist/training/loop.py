@@ -68,10 +68,10 @@ def fit(accelerator: Accelerator, teaching: Teaching, loader: Prefetcher, valida
     saved = {"model": distillation, "optimizer": saveable(accelerator, optimizer)}
     saved |= {"average": average, "scaler": accelerator.scaler}
     state = {"epoch": 0, "step": 0, "best": -1.0, "losses": []} | resume(accelerator, run.folder, saved)
-    done = state["epoch"] * sampler.steps + state["step"]
+    done, total = state["epoch"] * sampler.steps + state["step"], run.epochs * sampler.steps
     losses = Losses(accelerator, loader.dataset, sampler.accumulate, state["losses"])
     pace = Pace(accelerator, options.checkpoint_minutes, options.checkpoint_steps, done)
-    with progress_bar(run.folder.name, run.epochs * sampler.steps, done, accelerator.is_main_process) as advance:
+    with progress_bar(run.folder.name, total, done, accelerator.is_main_process) as advance:
         model.train()
         for epoch, part, raw in parts_of_batches(loader, state["epoch"], state["step"], run.stop_epoch):
             lr = cosine(*options.learning_rates, epoch / run.epochs)
@@ -82,6 +82,7 @@ def fit(accelerator: Accelerator, teaching: Teaching, loader: Prefetcher, valida
             batch = to_device(raw, loader.dataset, accelerator.device)
             with accelerator.accumulate(model):
                 terms = model(batch.image, *teaching.targets(batch), batch.index, batch.known)
+                terms = distillation.scheduled(terms, epoch * sampler.steps + part // sampler.accumulate, total)
                 accelerator.backward(sum(terms.values()) * sampler.weight(part))
                 if options.clip and accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(distillation.parameters(), options.clip)

@@ -655,6 +655,18 @@ def test_all_of_the_teacher_comes_through_the_targets_and_matters(name):
 
 
 @every_method
+def test_terms_of_the_ground_truth_are_those_in_which_the_teacher_has_no_part(name):
+    student, teacher, mask = case(name)
+    _, other, _ = case(name, seed=1)
+    distiller = build(name).eval()
+    found = []
+    for output in (teacher, other):
+        torch.manual_seed(0)
+        found.append(terms_of(distiller, student, output, mask))
+    assert {key for key in found[0] if found[0][key] == found[1][key]} == set(distiller.supervised)
+
+
+@every_method
 def test_bfloat16_features_under_autocast_give_finite_float32_terms(name):
     student, teacher, mask = case(name)
     half = NetworkOutput(*(x.bfloat16().requires_grad_() for x in student))

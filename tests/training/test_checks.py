@@ -33,6 +33,7 @@ SMALL += ("--slices", "labelled")
             ("distill", "--rounds", "3", "--steps", "1"),
             "the student has 1, and the teacher 1",
         ),
+        (("distill", "--epochs", "2", "--distill-warmup", "1000"), "--distill-warmup 1000 must be less than the "),
         (("train", "--network", "enet", "--accumulate", "17"), "use fewer processes or a larger --batch-size"),
     ],
 )

@@ -95,7 +95,7 @@ def draw(generator, count, processes):
 def test_interrupted_equals_uninterrupted(jobs, tiny_store, tmp_path, processes, workers, accumulate, faults):
     arguments = ("--dataset", tiny_store, *SMALL, "--workers", workers, "--accumulate", accumulate, "--out", "job")
     if accumulate > 1:
-        arguments += ("--ema", 0.9, "--clip", 0.5)
+        arguments += ("--ema", 0.9, "--clip", 0.5, "--distill-schedule", "cosine", "--distill-warmup", 0.25)
     codes, log = jobs("distill", *arguments, folder=tmp_path / "whole", processes=processes)
     assert not any(codes), log
     generator = random.Random(processes * 100 + workers * 10 + accumulate)
