@@ -15,6 +15,7 @@ from data_tools.ownership import fingerprint
 from data_tools.progress import console
 from data_tools.store import Store, open_store
 from spark_dist.config import DistillOptions, TrainingOptions
+from spark_dist.data.coverage import coverage_line, unseen_target
 from spark_dist.data.identity import split_fingerprints
 from spark_dist.data.slices import SliceTable, slice_table, with_unlabelled
 from spark_dist.data.views import SliceSpec
@@ -75,6 +76,12 @@ def training_table(store: Store, options: TrainingOptions) -> SliceTable:
     return slice_table(store, options.split, "train", options.task, options.slices)
 
 
+def what_crops_see(store: Store, options: TrainingOptions) -> str:
+    """A line on the share of the target that training's crops never see."""
+    shown, views = slice_table(store, options.split, "train", options.task), options.slice_views
+    return coverage_line(unseen_target(shown, options.task, views), views)
+
+
 @contextmanager
 def open_job(options: TrainingOptions, tags: Mapping[str, Any]) -> Iterator[Job]:
     """Check the options against the data, claim the job's folder, and open the parent run.
@@ -119,6 +126,7 @@ def open_job(options: TrainingOptions, tags: Mapping[str, Any]) -> Iterator[Job]
             job = Job(options, accelerator, store, tracker)
             if warning:
                 job.say(f"warning: {warning}")
+            job.say(by_main(accelerator, lambda: what_crops_see(store, options)))
             yield job
         if tracker.page:
             job.say(tracker.page)
