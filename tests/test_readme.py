@@ -8,11 +8,15 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, model_card
 
 from data_tools.cli import parser
+from data_tools.scans import Preparation
 from spark_dist.cli import COMMANDS
+from spark_dist.networks import build_network
+from spark_dist.networks.checkpoint import save_network
 from spark_dist.options import shown
 from spark_dist.parsing import parse
 
@@ -50,6 +54,17 @@ def test_commands_are_understood(words, monkeypatch):
         assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
     else:
         assert words[0] == "mlflow"
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    facts = {"preparation": Preparation(kind="fixed", low=0, high=100), "label_values": (1,)}
+    save_network(tmp_path / "best.safetensors", build_network("enet", width=0.25), model_card(**facts))
+    monkeypatch.chdir(tmp_path)
+    names = {"volume": np.random.default_rng(0).integers(0, 100, (20, 24, 3)), "affine": np.diag([-1.0, 1, 3, 1])}
+    exec(code, names)
+    assert names["label"].shape == names["volume"].shape
+    assert set(np.unique(names["label"])) <= {0, 1}
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "launch" / "recipes").glob("*.yaml")), ids=lambda p: p.stem)

@@ -104,3 +104,16 @@ def in_windows(network: nn.Module, batch: Tensor, size: tuple[int, int]) -> Tens
     return sliding_window_inference(
         batch, size, len(batch), lambda x: network(x).logits, overlap=OVERLAP, mode="gaussian", padding_mode="replicate"
     )
+
+
+def largest_components(classes: np.ndarray) -> np.ndarray:
+    """Classes (Z, H, W) of which each but the background keeps only its largest component; voxels touch by faces, edges
+    or corners."""
+    from scipy import ndimage
+
+    result = np.zeros_like(classes)
+    for number in np.unique(classes[classes > 0]):
+        components, _ = ndimage.label(classes == number, np.ones((3,) * classes.ndim))
+        sizes = np.bincount(components.ravel())
+        result[components == 1 + sizes[1:].argmax()] = number
+    return result
