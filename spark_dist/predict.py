@@ -49,7 +49,7 @@ class PredictOptions(Options):
     tta: Literal["none", "flips"] = "none"
     """Test-time augmentation: none, or the mean over the four flips of each slice, which takes four times as long."""
     largest_component: bool = False
-    """Keep only the largest component of each region."""
+    """Keep only the largest component of each class."""
     threshold: Probability | None = None
     """Probability from which a voxel is the target; the default is the training's."""
     channel: Natural | None = None
@@ -151,7 +151,7 @@ class Job:
     def outputs(self, path: Path) -> list[Path]:
         """The files to write for a scan: the label map, then the probabilities of each region."""
         name = f"{stem(path)}.nii.gz"
-        regions = self.predictor.card.spec.task.split(",") if self.options.probabilities else []
+        regions = self.predictor.card.spec.regions if self.options.probabilities else []
         return [self.options.out / name, *(self.options.out / "probabilities" / region / name for region in regions)]
 
     def identity(self, path: Path) -> str:

@@ -8,10 +8,12 @@ from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import keep_signals
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from nifti_cases import save
 
 import spark_dist.training.job
 from data_tools.errors import Interrupted
@@ -29,6 +31,7 @@ GIVEN = {
     "distill": (JOB | TEACHER, ()),
     "cache": (JOB | TEACHER | {"cache-folder": "caches"}, ()),
     "evaluate": (DATA | {"split": "short", "out": "new.json"}, ("best.safetensors",)),
+    "predict": ({"out": "new"}, ("best.safetensors", "scan.nii")),
     "compare": (
         {"csv": "new.csv", "json": "new.json", "markdown": "new.md", "latex": "new.tex", "figure": "new.png"},
         (),
@@ -71,6 +74,7 @@ def folder(jobs, tiny_store, tmp_path_factory):
     shutil.copy(folder / "job" / "network" / "best.safetensors", folder)
     whole = open_store(folder / "tiny.zarr").splits["default"]
     write_split(folder / "tiny.zarr", "short", whole | {"test": whole["test"][:1]})
+    save(folder / "scan.nii", np.arange(32 * 32 * 2, dtype=np.int16).reshape(32, 32, 2))
     (folder / "grid.yaml").write_text("seed: [1, 2]\nmethod: [kd, spark]\n")
     (folder / "caches" / "foreign" / "segments").mkdir(parents=True)
     return folder

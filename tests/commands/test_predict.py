@@ -34,7 +34,7 @@ PREPARED = {"preparation": Preparation(kind="fixed", low=-200, high=300), "label
 def checkpoint(path, seed=0, network="enet", **facts):
     """A network with random weights whose predictions are neither empty nor full, and its card."""
     torch.manual_seed(seed)
-    model = build_network(network, width=0.25).eval()
+    model = build_network(network, classes=facts.get("classes", 2), width=0.25).eval()
     x = torch.rand(2, 1, 48, 48) * 2 - 1
     with torch.no_grad():
         logits = model(x).logits
@@ -143,6 +143,19 @@ def test_classes_have_the_values_of_the_label_files(tmp_path):
     scan = save(tmp_path / "a.nii.gz", volume(), AFFINE)
     predict(checkpoint(tmp_path / "a.safetensors", label_values=(7,)), scan, "--out", tmp_path / "out")
     assert set(np.unique(read(tmp_path / "out" / "a.nii.gz"))) == {0, 7}
+
+
+def test_several_regions_have_a_value_and_probabilities_each(tmp_path):
+    facts = {"spec": SliceSpec("liver,spleen", Crop((32, 32))), "classes": 3, "label_values": (5, 300)}
+    scan = save(tmp_path / "a.nii.gz", volume(), AFFINE)
+    predict(checkpoint(tmp_path / "a.safetensors", **facts), scan, "--out", tmp_path / "out", "--probabilities")
+    liver, spleen = (read(tmp_path / "out" / "probabilities" / name / "a.nii.gz") for name in ("liver", "spleen"))
+    found = np.stack([1 - liver - spleen, liver, spleen])
+    label, sure = read(tmp_path / "out" / "a.nii.gz"), np.sort(found, axis=0)
+    sure = sure[2] - sure[1] > 1e-5
+    assert np.array_equal(label[sure], np.array([0, 5, 300])[found.argmax(axis=0)][sure])
+    assert sure.mean() > 0.5
+    assert len(np.unique(label)) > 1
 
 
 def test_only_the_largest_component_is_kept(tmp_path, student):
