@@ -22,6 +22,7 @@ from .labels import parse_labels, parse_regions
 from .layouts import LAYOUTS
 from .options import (
     parse_part,
+    parse_plane_spacing,
     parse_size,
     parse_spacing,
     parse_window,
@@ -123,6 +124,12 @@ def parser() -> argparse.ArgumentParser:
         "--size",
         type=parse_size,
         help="resample slices in their plane to 512, or ROWS,COLUMNS: images linearly, labels to the nearest",
+    )
+    prepare.add_argument(
+        "--plane-spacing",
+        type=parse_plane_spacing,
+        help="resample slices in their plane to a spacing in mm instead, 0.8 or ROWS,COLUMNS: to the nearest whole "
+        "number of pixels over the same area",
     )
     prepare.add_argument(
         "--spacing",

@@ -44,6 +44,8 @@ def run_prepare(options: Namespace) -> int:
     if options.labels is None and not options.unlabelled:
         raise UserError("--labels: say which values of the label files are what, like anterior=1,posterior=2")
     check_regions(options.labels or {}, options.regions or {})
+    if options.size and options.plane_spacing:
+        raise UserError("--size and --plane-spacing both say how slices are resampled; give one of them")
     settings = Options(
         store=options.store,
         labels=options.labels or {},
@@ -52,6 +54,7 @@ def run_prepare(options: Namespace) -> int:
         window=options.window or default_window(options.layout, options.input),
         channel=options.channel,
         size=options.size,
+        plane_spacing=options.plane_spacing,
         layout=options.layout,
         patterns=patterns if options.layout == "pairs" else None,
         spacing=options.spacing,

@@ -15,7 +15,7 @@ HU_WINDOWS = {"kits": (-200.0, 300.0), "lits": (-60.0, 140.0)}
 """Hounsfield units that the original system maps to −1 and 1."""
 PERCENTILES = (0.5, 99.5)
 LARGEST_SIDE = 8192
-"""Pixels of a slice's side that `--size` may ask for."""
+"""Pixels of a slice's side that `--size` and `--plane-spacing` may ask for."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Options:
     channel: int | None = None
     size: tuple[int, int] | None = None
     """Rows and columns that all slices are resampled to."""
+    plane_spacing: tuple[float, float] | None = None
+    """mm between rows and between columns that all slices are resampled to."""
     layout: str = "kits"
     patterns: tuple[str, str] | None = None
     """Images and labels in layout pairs."""
@@ -43,6 +45,7 @@ class Options:
         """The options that a store remembers: all cases of a store are made alike."""
         facts = {"labels": self.labels, "other": self.other, "window": self.window, "layout": self.layout}
         further = {"channel": self.channel, "size": self.size, "patterns": self.patterns, "regions": self.regions}
+        further["plane_spacing"] = self.plane_spacing
         return facts | {key: value for key, value in further.items() if value is not None}
 
 
@@ -82,15 +85,29 @@ def parse_size(text: str) -> tuple[int, int]:
     return numbers[0], numbers[-1]
 
 
+def parse_plane_spacing(text: str) -> tuple[float, float]:
+    """`0.8` or `0.8,0.7` (mm between rows, between columns). Raises `UserError`."""
+    numbers = lengths(text)
+    if len(numbers) not in (1, 2):
+        raise UserError(f"--plane-spacing {text}: write a length in mm, like 0.8, or two, ROWS,COLUMNS")
+    return numbers[0], numbers[-1]
+
+
 def parse_spacing(text: str) -> tuple[float, float, float]:
     """`0.7,0.7,2.5`, mm along the three axes of a file. Raises `UserError`."""
+    numbers = lengths(text)
+    if len(numbers) != 3:
+        raise UserError(f"--spacing {text}: write three lengths in mm, along the file's axes, like 0.7,0.7,2.5")
+    return numbers
+
+
+def lengths(text: str) -> tuple[float, ...]:
+    """Lengths in mm, separated by commas; none if any is no length that a voxel may have."""
     try:
         numbers = tuple(float(number) for number in text.split(","))
     except ValueError:
-        numbers = ()
-    if len(numbers) != 3 or not all(1e-4 < number < 1e3 for number in numbers):
-        raise UserError(f"--spacing {text}: write three lengths in mm, along the file's axes, like 0.7,0.7,2.5")
-    return numbers
+        return ()
+    return numbers if all(1e-4 < number < 1e3 for number in numbers) else ()
 
 
 def parse_part(text: str) -> tuple[int, int]:

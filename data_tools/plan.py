@@ -32,7 +32,7 @@ from .prepare import check_files, check_needed, convert, is_there, read_headers,
 from .progress import console, progress
 from .report import bytes_text, window_text
 from .store import check_name, read_case
-from .volumes import resized_affine
+from .volumes import plane_size, resized_affine
 
 SAMPLES = 3
 """How many cases are tried as the sample, if the voxels of the first can't be stored."""
@@ -129,10 +129,10 @@ def look(options: Options, source: Source) -> Planned:
                 source.case, "unchanged", "", known.shape, known.spacing, axes, itemsize, labelled=known.labelled
             )
         image, label = read_headers(source, options)
+        size = plane_size(image, options.size, options.plane_spacing)
     except (UserError, OSError, MemoryError) as error:
         return Planned(source.case, "error", reason(error, source, options.store))
     slices, *plane = image.stored_shape
-    size = options.size or plane
     affine = resized_affine(image.stored_affine, plane, size)
     return Planned(
         case=source.case,

@@ -27,6 +27,7 @@ from .split import PARTS
 from .store import Case, check_name, read_case, read_splits, write_case
 from .volumes import (
     check_same_grid,
+    plane_size,
     resized,
     resized_affine,
     sha256,
@@ -222,7 +223,7 @@ def convert(source: Source, options: Options) -> tuple[np.ndarray, np.ndarray | 
         labels, _ = read_voxels(label, stored_label(options.labels, options.other))
         sources["label"] = label.source
     voxels, rounded = read_voxels(image, stored_image)
-    plane, size = voxels.shape[1:], options.size or voxels.shape[1:]
+    plane, size = voxels.shape[1:], plane_size(image, options.size, options.plane_spacing)
     voxels = resized(voxels, size, nearest=False)
     labels = labels if labels is None else resized(labels, size, nearest=True)
     affine = resized_affine(image.stored_affine, plane, size)

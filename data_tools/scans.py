@@ -14,7 +14,7 @@ from .errors import UserError
 from .layouts import stem
 from .nifti import Header, header_kind, read_header, read_voxels, unpacked, write_image
 from .prepare import resolve_window
-from .volumes import on_grid, resized, stored_image
+from .volumes import on_grid, plane_size, resized, stored_image
 
 ENDINGS = (".nii", ".nii.gz")
 
@@ -31,21 +31,25 @@ class Preparation:
     """What becomes 1."""
     size: tuple[int, int] | None = None
     """Rows and columns that slices are resampled to; None: as they are."""
+    plane_spacing: tuple[float, float] | None = None
+    """mm between rows and between columns that slices are resampled to instead."""
     channel: int | None = None
     """Which one of several channels in a fourth axis."""
 
     def __post_init__(self):
-        """Raises `ValueError` for a window without a width, and a size without pixels."""
+        """Raises `ValueError` for a window without a width, a size without pixels, and pixels without a size."""
         if not -np.inf < self.low < self.high < np.inf:
             raise ValueError(f"an intensity window from {self.low} to {self.high}")
         if self.size and min(self.size) < 1:
             raise ValueError(f"slices of {self.size} pixels")
+        if self.plane_spacing and not 0 < min(self.plane_spacing) <= max(self.plane_spacing) < np.inf:
+            raise ValueError(f"a plane spacing of {self.plane_spacing} mm")
 
     @classmethod
     def of_store(cls, attributes: Mapping[str, Any]) -> "Preparation":
         """That of a store with these attributes."""
-        size = attributes.get("size")
-        return cls(**attributes["window"], size=size and tuple(size), channel=attributes.get("channel"))
+        pairs = {key: attributes.get(key) and tuple(attributes[key]) for key in ("size", "plane_spacing")}
+        return cls(**attributes["window"], **pairs, channel=attributes.get("channel"))
 
     def window(self, voxels: np.ndarray, path: Path) -> tuple[float, float]:
         """The intensities of a volume that become −1 and 1. Raises `UserError` for a constant image."""
@@ -132,7 +136,7 @@ def scan_of(volume: np.ndarray, affine: np.ndarray, preparation: Preparation) ->
 
 def prepared(voxels: np.ndarray, header: Header, preparation: Preparation) -> Scan:
     """A scan from its voxels (Z, H, W) as they are in its file."""
-    voxels = resized(voxels, preparation.size or voxels.shape[1:], nearest=False)
+    voxels = resized(voxels, plane_size(header, preparation.size, preparation.plane_spacing), nearest=False)
     return Scan(header.path, voxels, preparation.window(voxels, header.path), header)
 
 

@@ -12,6 +12,7 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation
 from .errors import UserError
 from .labels import in_order
 from .nifti import Convert, Header, turned_shape
+from .options import LARGEST_SIDE
 from .store import AXES, Case
 
 GRID_TOLERANCE = 0.05
@@ -30,6 +31,25 @@ def resized(voxels: np.ndarray, size: Sequence[int], nearest: bool) -> np.ndarra
     for new, old in zip(result, voxels, strict=True):
         new[...] = cv2.resize(np.ascontiguousarray(old), (size[1], size[0]), interpolation=how)
     return result
+
+
+def plane_size(header: Header, size: Sequence[int] | None, spacing: Sequence[float] | None) -> tuple[int, int]:
+    """Rows and columns that a volume's slices are resampled to: `size`, or as many as come closest to a `spacing` in mm
+    while they cover the same area, or its own.
+
+    Raises `UserError` for slices that would be too large.
+    """
+    plane = header.stored_shape[1:]
+    if not spacing:
+        return tuple(size or plane)
+    found = np.linalg.norm(header.stored_affine[:3, 1:3], axis=0)
+    wanted = tuple(max(1, round(n * float(old / new))) for n, old, new in zip(plane, found, spacing, strict=True))
+    if max(wanted) > LARGEST_SIDE:
+        raise UserError(
+            f"{header.path}: --plane-spacing {spacing[0]:g},{spacing[1]:g} makes {wanted[0]}×{wanted[1]} pixels of "
+            f"its slices ({found[0]:.3g}×{found[1]:.3g} mm), and {LARGEST_SIDE} is the most"
+        )
+    return wanted
 
 
 def resized_affine(affine: np.ndarray, plane: Sequence[int], size: Sequence[int]) -> np.ndarray:
