@@ -20,8 +20,11 @@ NAME = re.compile(r"[^\W\d_][\w.-]*")
 RESERVED = ("all", "background")
 MOST = 255
 """Labels that a store may have, whose voxels are uint8."""
-LESION = ("organ", "tumour")
-"""Where labels have these names, the tumour lies in the organ and belongs to it."""
+REGIONS = {
+    "organ": ("organ", "tumour"),  # a tumour lies in its organ and belongs to it
+}
+"""Regions that stores have by themselves, if they have all these labels."""
+LESION = REGIONS["organ"]
 DEFAULT_LABELS = {"kits": {"organ": [1], "tumour": [2]}, "lits": {"organ": [1], "tumour": [2]}}
 """Source values of the labels of layouts that are of one data set."""
 
@@ -92,8 +95,7 @@ def regions_of(attributes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The stored values of each region of a store with these attributes: first of each label's, in order."""
     values = {name: value for value, name in enumerate(in_order(attributes.get("labels", {})), start=1)}
     regions = {name: [name] for name in values}
-    if set(LESION) <= set(values):
-        regions[LESION[0]] = list(LESION)
+    regions |= {name: list(labels) for name, labels in REGIONS.items() if values.keys() >= set(labels)}
     regions |= attributes.get("regions") or {}
     return {name: tuple(sorted(values[label] for label in labels)) for name, labels in regions.items()}
 

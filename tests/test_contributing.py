@@ -1,5 +1,6 @@
 """CONTRIBUTING.md is followed to the letter in a copy of the project."""
 
+import json
 import os
 import re
 import shutil
@@ -8,15 +9,20 @@ import sys
 import textwrap
 import tomllib
 
+import nibabel
+import numpy as np
 import pytest
 from conftest import ROOT
+
+from data_tools.labels import make_task
+from data_tools.store import open_store
 
 BLOCK = re.compile(r"^( *)```python\n *# (\S+)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """The project with the network and the method that the guide adds."""
+    """The project with all that the guide adds."""
     folder = tmp_path_factory.mktemp("copy")
     for part in ("spark_dist", "data_tools", "tests"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
@@ -44,7 +50,8 @@ def test_the_guide_adds_a_file_and_a_line_for_each(copy):
     blocks = [name for _, name, _ in BLOCK.findall((ROOT / "CONTRIBUTING.md").read_text())]
     added = [name for name in blocks if not (ROOT / name).exists()]
     assert added == ["spark_dist/networks/mynet.py", "spark_dist/distillers/mymethod.py", "spark_dist/mycommand.py"]
-    assert len(blocks) == 2 * len(added)
+    lines = [name for name in blocks if (ROOT / name).exists()]
+    assert len(set(lines)) == len(lines) == len(added) + 1  # and the region
     assert all((copy / name).exists() for name in added)
 
 
@@ -54,6 +61,28 @@ def test_the_command_that_was_added_runs(copy, tiny_store):
     line = [sys.executable, "-c", code, "mycommand", "--dataset", str(tiny_store)]
     result = subprocess.run(line, cwd=copy, env=os.environ | {"PYTHONPATH": str(copy)}, capture_output=True, text=True)
     assert "case_00008, case_00009, case_00010" in result.stdout
+
+
+def test_the_region_that_is_declared_is_known_to_every_command(copy, tmp_path):
+    """By the command line of the guide in a plain copy of the project, and by the line that it adds."""
+    (line,) = re.findall(
+        r"^(spark-data prepare .* --regions .*)$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE
+    )
+    (tmp_path / "DATA").mkdir()
+    description = {"training": [{"image": "./a.nii.gz", "label": "./a_seg.nii.gz"}], "modality": {"0": "CT"}}
+    (tmp_path / "DATA" / "dataset.json").write_text(json.dumps(description))
+    label = np.zeros((8, 9, 4), np.uint8)
+    label[1:3], label[3:5], label[5:7] = 1, 2, 3
+    for name, voxels in (("a", label.astype(np.int16) * 50), ("a_seg", label)):
+        nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), tmp_path / "DATA" / f"{name}.nii.gz")
+    run(ROOT, "data_tools", *line.split()[1:], "--workers", 1, cwd=tmp_path)
+    assert "regions kidneys=left_kidney+right_kidney" in run(ROOT, "data_tools", "info", "abdomen.zarr", cwd=tmp_path)
+    without = line.split(" --regions")[0].replace("abdomen.zarr", "other.zarr")
+    run(copy, "data_tools", *without.split()[1:], "--workers", 1, cwd=tmp_path)
+    assert "regions kidneys=left_kidney+right_kidney" in run(copy, "data_tools", "info", "other.zarr", cwd=tmp_path)
+    assert "regions" not in run(ROOT, "data_tools", "info", "other.zarr", cwd=tmp_path)
+    task = make_task("liver,kidneys", open_store(tmp_path / "abdomen.zarr").regions, "abdomen.zarr")
+    assert task.values == ((1,), (2, 3))
 
 
 def lint_imports(folder):
