@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from statistics import fmean
 
 from data_tools.errors import unknown_name
@@ -121,8 +121,10 @@ def compare(runs: Sequence[Run], metric: str = "dice") -> list[Row]:
 
     The difference of a distilled student is to the student alone: same data, network, width and seed, paired by case;
     to the mean over all seeds where there is none of its seed. An interval over several seeds is over seeds and cases
-    (see `intervals`), one of a single run over its cases.
+    (see `intervals`), one of a single run over its cases. Runs of several regions have rows for their means and, after
+    these, for each region.
     """
+    runs = [part for item in runs for part in (item, *of_regions(item))]
     known = set.intersection(*(set(metrics) for item in runs for metrics in item.cases.values()))
     if metric not in known:
         raise unknown_name("metric", metric, known)
@@ -131,6 +133,24 @@ def compare(runs: Sequence[Run], metric: str = "dice") -> list[Row]:
         kinds[item.kind].append(item)
     single = [make_row([item], runs, metric) for members in kinds.values() for item in members]
     return single + [make_row(members, runs, metric) for members in kinds.values() if len(members) > 1]
+
+
+def of_regions(item: Run) -> list[Run]:
+    """A run of several regions as one for each, whose task is `posterior of anterior,posterior`; none of one region."""
+    keys = next(iter(item.cases.values()))
+    return [
+        replace(
+            item,
+            task=f"{region} of {item.task}",
+            cases={
+                case: {
+                    key.partition(".")[0]: value for key, value in metrics.items() if key.partition(".")[2] == region
+                }
+                for case, metrics in item.cases.items()
+            },
+        )
+        for region in dict.fromkeys(key.partition(".")[2] for key in keys if "." in key)
+    ]
 
 
 def make_row(members: Sequence[Run], runs: Sequence[Run], metric: str) -> Row:

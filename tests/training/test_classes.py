@@ -17,6 +17,7 @@ from spark_dist.config import DistillOptions, TrainOptions
 from spark_dist.data.batches import SliceDataset, to_device
 from spark_dist.distill import student_stage, teacher_stage, with_teacher
 from spark_dist.distillers import DISTILLERS
+from spark_dist.evaluation.comparison import Run, compare
 from spark_dist.losses import segmentation
 from spark_dist.networks import NETWORKS
 from spark_dist.networks.checkpoint import load_card, load_network, save_network
@@ -153,4 +154,23 @@ def test_five_organs_of_a_real_ct(abdomen, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert main(["compare", "--experiment", "abdomen-all", "--csv", "table.csv"]) == 0
     out = capsys.readouterr().out
-    assert all(f"test dice of {organ}, 1 case" in " ".join(out.split()) for organ in ORGANS)
+    for organ in ORGANS:
+        assert f"abdomen, {organ} of {','.join(ORGANS)}, split default: test dice of 1 cases" in " ".join(out.split())
+
+
+def test_runs_are_compared_for_each_region():
+    """The paired difference of a region is over that region's metrics, beside the one of the mean."""
+    facts = {"dataset": "d", "task": "c,b.c", "split": "s", "role": "student", "network": "enet", "width": 1.0}
+    facts |= {"teacher": "", "seed": "1", "parameters": 5}
+
+    def run(method, a, b):
+        means = {"dice": (a + b) / 2, "hd95": 1.0}
+        cases = {"x": means | {"dice.c": a, "dice.b.c": b, "hd95.c": 2.0, "hd95.b.c": 0.0}}
+        return Run(**facts, method=method, cases=cases)
+
+    rows = {(row.task, row.method): row for row in compare([run("none", 0.5, 0.7), run("kd", 0.6, 0.4)])}
+    assert len(rows) == 6
+    for task, difference, hd95 in (("c,b.c", -0.1, 1), ("c of c,b.c", 0.1, 2), ("b.c of c,b.c", -0.3, 0)):
+        assert rows[task, "kd"].difference == pytest.approx(difference)
+        assert rows[task, "kd"].hd95 == hd95
+        assert rows[task, "none"].difference is None
