@@ -21,6 +21,7 @@ from .errors import INTERRUPTED, UserError, one_line, say_error
 from .labels import parse_labels, parse_regions
 from .layouts import LAYOUTS
 from .options import (
+    gibibytes,
     parse_part,
     parse_plane_spacing,
     parse_size,
@@ -228,9 +229,10 @@ def parser() -> argparse.ArgumentParser:
     preview.add_argument("--slices", type=whole(1, 1000), default=10, help="slices of each case (default 10)")
     preview.set_defaults(run=run_preview)
 
-    stats = commands.add_parser("stats", help="sizes, spacings, volumes, intensities: tables and a figure")
+    stats = commands.add_parser("stats", help="sizes, spacings, volumes, intensities, and a recipe's lines")
     stats.add_argument("store", type=store_place, help="slice store")
     stats.add_argument("--out", type=place, help="PNG to write (default: STORE's name with -stats.png)")
+    stats.add_argument("--memory", type=gibibytes, default=8.0, help="GiB for the suggested batch (default 8)")
     stats.set_defaults(run=run_stats)
 
     info = commands.add_parser("info", help="what is in a store")

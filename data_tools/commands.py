@@ -145,7 +145,7 @@ def run_stats(options: Namespace) -> int:
     from .stats import stats
     from .store import open_store
 
-    stats(open_store(options.store), options.out or Path(f"{options.store.stem}-stats.png"))
+    stats(open_store(options.store), options.out or Path(f"{options.store.stem}-stats.png"), options.memory)
     return 0
 
 

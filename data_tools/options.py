@@ -130,6 +130,17 @@ def whole(lowest: int, highest: int | None = None):
     return number
 
 
+def gibibytes(text: str) -> float:
+    """A type of option: an amount of memory."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < 1e6:
+        raise argparse.ArgumentTypeError(f"'{text}' is no amount of memory in GiB, like 8 or 0.5")
+    return number
+
+
 def place(text: str) -> Path:
     """A type of option: a file or a folder. An empty text, as of a shell's variable that is not set, is neither."""
     if not text:

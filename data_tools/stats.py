@@ -17,6 +17,7 @@ from .ownership import MADE_BY, check_output
 from .progress import console, progress
 from .split import PARTS
 from .store import Case, Store
+from .suggest import suggested_recipe
 
 BACKGROUND = "#9aa3ad"
 COLOURS = ("#159f8e", "#e2502f", "#3f6fd1", "#d19a1f", "#8a4fc4", "#4f9a2e", "#c7488f", "#7a5a3c")
@@ -45,12 +46,18 @@ class Intensities:
         if not number:
             return (np.nan,) * 5
         mean, square = self.sums[label] / number
-        places = np.searchsorted(self.counts[label].cumsum(), number * np.array([0.005, 0.5, 0.995]))
-        return mean, float(np.sqrt(max(square - mean**2, 0))), *self.edges[places]
+        return mean, float(np.sqrt(max(square - mean**2, 0))), *self.percentiles([label], 0.005, 0.5, 0.995)
+
+    def percentiles(self, labels: Sequence[int], *shares: float) -> list[float]:
+        """The intensities below which these shares of some labels' voxels lie; NaN without voxels."""
+        counts = self.counts[labels].sum(axis=0)
+        if not counts.any():
+            return [np.nan] * len(shares)
+        return self.edges[np.searchsorted(counts.cumsum(), counts.sum() * np.array(shares))].tolist()
 
 
-def stats(store: Store, figure: Path) -> None:
-    """Print the tables of a store and draw its figure.
+def stats(store: Store, figure: Path, memory: float = 8) -> None:
+    """Print the tables of a store and lines for a recipe, with a batch for `memory` (GiB), and draw its figure.
 
     Raises `UserError` for damaged voxels, and for a file in the figure's place that was not made here.
     """
@@ -61,6 +68,10 @@ def stats(store: Store, figure: Path) -> None:
     console.print(intensities_table(store, intensities))
     stats_figure(store, intensities, figure)
     console.print(f"figure: {figure}")
+    if any(case.labelled for case in store.cases.values()):
+        labelled = intensities.percentiles(range(1, len(intensities.counts)), 0.005, 0.995)
+        console.print("\nsuggested for a recipe:", style="bold")
+        console.print(suggested_recipe(store, labelled, memory), soft_wrap=True, markup=False, highlight=False)
 
 
 def count_intensities(store: Store) -> Intensities:
