@@ -1,6 +1,6 @@
 """A stored case, or a prediction for it, back on the grid of the NIfTI file that it came from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import nibabel
 import numpy as np
 
 from .errors import UserError, unknown_name
-from .labels import in_order
+from .labels import source_values
 from .location import finished, first_line, open_array
 from .nifti import write_image
 from .store import Case, read_attributes, read_case
@@ -42,11 +42,6 @@ def export(store: Path, name: str, out: Path, label: bool = False, prediction: P
     if label:
         voxels = source_values(labels)[voxels]
     write_nifti(out, to_source_grid(voxels, case, kind, nearest=label), case.source[kind])
-
-
-def source_values(labels: Mapping[str, Sequence[int]]) -> np.ndarray:
-    """The source's value of each stored label."""
-    return np.array([0, *(values[0] for values in in_order(labels).values())])
 
 
 def read_prediction(path: Path, case: Case) -> np.ndarray:

@@ -91,6 +91,11 @@ def in_order(labels: Mapping[str, Any]) -> dict[str, Any]:
     return {name: labels[name] for name in LESION} if set(labels) == set(LESION) else dict(labels)
 
 
+def source_values(labels: Mapping[str, Sequence[int]]) -> np.ndarray:
+    """The source's value of each stored label."""
+    return np.array([0, *(values[0] for values in in_order(labels).values())])
+
+
 def regions_of(attributes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The stored values of each region of a store with these attributes: first of each label's, in order."""
     values = {name: value for value, name in enumerate(in_order(attributes.get("labels", {})), start=1)}

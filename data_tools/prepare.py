@@ -21,6 +21,7 @@ from .location import is_local
 from .nifti import Header, read_header, read_voxels
 from .options import Options
 from .pool import results
+from .preparation import resolve_window
 from .progress import console, progress
 from .report import add_case, cases_table, window_text
 from .split import PARTS
@@ -235,16 +236,6 @@ def convert(source: Source, options: Options) -> tuple[np.ndarray, np.ndarray | 
     }
     resampled = "" if plane == size else f"resampled from {plane[0]}×{plane[1]} to {size[0]}×{size[1]}"
     return voxels, labels, attributes, "; ".join(filter(None, (*image.notes, rounded, resampled)))
-
-
-def resolve_window(window: dict[str, Any], voxels: np.ndarray, path: Path) -> tuple[float, float]:
-    """The intensities that become −1 and 1 in one case. Raises `UserError` for a constant image."""
-    if window["kind"] == "fixed":
-        return window["low"], window["high"]
-    low, high = (float(value) for value in np.percentile(voxels, (window["low"], window["high"])))
-    if low == high:
-        raise UserError(f"{path}: a constant image, nearly all voxels are {low:g}; take the case out, or give --window")
-    return low, high
 
 
 def summary(options: Options, done: dict[str, Result]) -> None:

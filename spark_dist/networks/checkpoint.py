@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from data_tools.errors import UserError, unknown_name
 from data_tools.files import write_atomically
 from data_tools.labels import NAME
-from data_tools.scans import Preparation
+from data_tools.preparation import Preparation
 from spark_dist.data.views import SliceSpec
 
 from . import NETWORKS, build_network

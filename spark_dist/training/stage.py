@@ -10,9 +10,9 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from data_tools.errors import UserError
-from data_tools.export import source_values
 from data_tools.files import write_text
-from data_tools.scans import Preparation
+from data_tools.labels import source_values
+from data_tools.preparation import Preparation
 from data_tools.store import Store
 from spark_dist.config import TrainingOptions
 from spark_dist.data.batches import SliceDataset, support_set
