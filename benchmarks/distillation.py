@@ -32,7 +32,7 @@ METRIC = "dice"
 
 @dataclass(frozen=True)
 class Arm:
-    """What a student is taught by, and on which cases."""
+    """A way to train a student: the teacher, and the cases."""
 
     method: str = ""
     """Distillation method; none for a network trained alone."""
@@ -182,7 +182,7 @@ def dice(cell: Cell, work: Path) -> dict[str, float] | None:
 
 @dataclass(frozen=True)
 class Result:
-    """What is known of an arm in a regime; differences and intervals are in points, over draws and cases."""
+    """The findings on an arm in a regime; differences and intervals are in points, over draws and cases."""
 
     labelled: int
     arm: str
@@ -200,7 +200,7 @@ class Result:
 
 
 def results(work: Path, labelled: Sequence[int], draws: int) -> list[Result]:
-    """What is finished: an arm is compared in the draws in which both it and the student alone are."""
+    """The findings so far: an arm is compared in the draws in which both it and the student alone are."""
     found = []
     for number in labelled:
         values = {arm: {d: v for d in range(draws) if (v := dice(Cell(number, d, arm), work))} for arm in ARMS}

@@ -34,7 +34,10 @@ def draw(
     own: float,
     skewed: bool = False,
 ) -> np.ndarray:
-    """Experiments (N, S, C) whose effects have these standard deviations; `skewed`: the cases' are exponential."""
+    """Experiments (N, S, C) whose effects have these standard deviations; `skewed`: the cases' are exponential.
+
+    Of the seven parameters, four are the model's, which a setting gives by name.
+    """
     shape = (experiments, 1, CASES)
     cases = random.exponential(1, shape) - 1 if skewed else random.normal(0, 1, shape)
     own_effects = random.normal(0, own, (experiments, seeds, CASES))

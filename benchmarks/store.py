@@ -130,13 +130,6 @@ def draw(result: dict, path: Path) -> None:
     """The figure."""
     colours = {"store": "#159f8e", "npz": "#9aa3ad", "monai": "#b58bc9", "memory": "#7d5a94"}
     colours |= {"blosc2": "#e0a33c", "raw": "#5b6470"}
-        "store": "#159f8e",
-        "npz": "#9aa3ad",
-        "monai": "#b58bc9",
-        "memory": "#7d5a94",
-        "blosc2": "#e0a33c",
-        "raw": "#5b6470",
-    }
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     axes = figure.subplots(1, 3, width_ratios=(1, 1, 2.4))
     for axis, key, title in ((axes[0], "prepare", "prepared slices per second"), (axes[1], "bytes", "KB per slice")):

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -148,13 +149,13 @@ def damages(store: Path, case: Case) -> Iterator[str]:
             yield f"{kind} of shape {array.shape}, not {case.shape}"
             continue
         bad, miscounted = [], []
-        for start in range(0, case.shape[0], SHARD_SLICES):
-            # The good slices of a damaged shard are read one by one.
-            for z, voxels in shard(array, start, min(start + SHARD_SLICES, case.shape[0])):
-                if voxels is None:
-                    bad.append(z)
-                elif kind == "label" and counts(voxels, case.label_counts.shape[1]) != case.label_counts[z].tolist():
-                    miscounted.append(z)
+        # The good slices of a damaged shard are read one by one.
+        parts = (shard(array, z, min(z + SHARD_SLICES, case.shape[0])) for z in range(0, case.shape[0], SHARD_SLICES))
+        for z, voxels in chain.from_iterable(parts):
+            if voxels is None:
+                bad.append(z)
+            elif kind == "label" and counts(voxels, case.label_counts.shape[1]) != case.label_counts[z].tolist():
+                miscounted.append(z)
         if bad:
             yield f"{kind} slice {ranges(bad)} can't be read"
         if miscounted:

@@ -1,4 +1,4 @@
-"""What keeps the rooms of the project apart."""
+"""The rooms of the project stay apart, and what is in them stays small."""
 
 import ast
 import inspect
@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
 
 @pytest.mark.parametrize(
@@ -57,3 +58,56 @@ def test_train_and_distill_share_the_loop():
 
     assert stage.fit is loop.fit
     assert distill.train_stage is train.train_stage is stage.train_stage
+
+
+MODULES = [path for room in ("spark_dist", "data_tools", "benchmarks") for path in sorted((ROOT / room).rglob("*.py"))]
+LINES, PARAMETERS = 350, 6
+
+
+def too_large(module: ast.Module, lines: int) -> list[str]:
+    """A module of more than `LINES` lines, or with functions of more than `PARAMETERS` parameters or blocks nested more
+    than four deep, unless its docstring, or theirs, gives the reason: it speaks of its lines, or of its parameters.
+
+    The parameters of a distillation method are its options (see `Distiller`).
+    """
+    found = []
+    if lines > LINES and "lines" not in (ast.get_docstring(module) or ""):
+        found.append(f"{lines} lines")
+    for node in ast.walk(module):
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+        reason = "parameters" in (ast.get_docstring(node) or "") or names[:3] == ["self", "student", "teacher"]
+        if len(names) - (names[:1] == ["self"]) > PARAMETERS and not reason:
+            found.append(f"{node.name} has {len(names)} parameters")
+        if depth(node) > 4:
+            found.append(f"{node.name} is nested {depth(node)} deep")
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_modules_and_functions_are_small_or_say_why_not(path):
+    text = path.read_text()
+    assert not too_large(ast.parse(text), len(text.splitlines()))
+
+
+def test_what_is_too_large_is_found():
+    many = "def f(a, b, c, d, e, f, g):\n    pass"
+    assert too_large(ast.parse(many), 1) == ["f has 7 parameters"]
+    assert not too_large(ast.parse(many.replace("pass", '"""These parameters are the model\'s."""')), 1)
+    assert not too_large(ast.parse(many.replace("a, b, c", "self, student, teacher")), 1)
+    assert too_large(ast.parse("pass"), 351) == ["351 lines"]
+    assert not too_large(ast.parse('"""Its lines are a table."""'), 351)
+    deep = "".join("    " * n + ("def f():" if n == 0 else "while a:") + "\n" for n in range(6)) + "    " * 6 + "pass"
+    assert too_large(ast.parse(deep), 1) == ["f is nested 5 deep"]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_docstrings_begin_with_the_thing(path):
+    nodes = [
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+    ]
+    found = [(getattr(node, "name", path.stem), ast.get_docstring(node) or "") for node in nodes]
+    assert not [name for name, text in found if text.startswith("What ")]

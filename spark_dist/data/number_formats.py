@@ -66,13 +66,8 @@ def encode(targets: Mapping[str, Tensor], dtype: str) -> dict[str, np.ndarray]:
             x = (flat / scale.clamp(min=1e-30).unsqueeze(2)).round().view_as(x).to(torch.int8)
             arrays[name + SCALE] = scale.cpu().numpy()
         elif kind == "float16":
-            # Values beyond the format's range would be read back as infinite.
-            x = x.clamp(-65504, 65504).half()
-        elif kind == "bfloat16":
-            x = x.bfloat16()
-        elif kind == "uint8":
-            x = x.to(torch.uint8)
-        arrays[name] = as_array(x.cpu().contiguous())
+            x = x.clamp(-65504, 65504)  # Values beyond the format's range would be read back as infinite.
+        arrays[name] = as_array(x.to(getattr(torch, kind)).cpu().contiguous())
     return arrays
 
 
