@@ -107,8 +107,8 @@ def regions_of(attributes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class Task:
-    """What is told apart in a store: the background, and a class for each region, a later one winning over an earlier
-    where they overlap."""
+    """The classes that are told apart in a store: the background, and a class for each region, a later one winning over
+    an earlier where they overlap."""
 
     regions: Mapping[str, tuple[int, ...]]
     """The stored values of each region."""

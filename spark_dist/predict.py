@@ -110,7 +110,7 @@ def is_checkpoint(item: str) -> bool:
 
 @dataclass(frozen=True)
 class Job:
-    """What is the same for all scans."""
+    """Facts that are the same for all scans."""
 
     options: PredictOptions
     predictor: Predictor

@@ -24,7 +24,7 @@ class Unseen(NamedTuple):
 
 
 def unseen_target(table: SliceTable, task: str, views: Views) -> Unseen:
-    """What crops never see of the target in a table of slices that show it; augmentation's own shifts don't count.
+    """The part of the target that crops never see in a table of slices that show it; augmentation's shifts don't count.
 
     Raises `UserError` for a damaged slice.
     """
@@ -51,7 +51,7 @@ def unseen_target(table: SliceTable, task: str, views: Views) -> Unseen:
 
 
 def coverage_line(found: Unseen, views: Views) -> str:
-    """What crops never see, for people; a warning where it is much."""
+    """The part that crops never see, for people; a warning where it is much."""
     if views.anywhere:
         return "crops lie anywhere in the plane: all of the target is within their reach"
     size = "×".join(map(str, views.crop.size))

@@ -76,7 +76,7 @@ def evaluate_cases(
     Cases are shared among the processes and each is predicted whole by one of them, so that the metrics do not depend
     on how many there are. Both protocols: `volume` at `spec.threshold` over whole planes, and `labelled-slices` at
     `LABELLED_THRESHOLD`. `tolerance` (mm) is that of the surface Dice; None leaves out the metrics of surfaces, which
-    take longest.
+    take longest. Its parameters are the data's (store, cases, regions) and the protocol's.
     """
     reader, regions = VoxelReader(store), regions or measured_regions(store, spec)
     own = {}

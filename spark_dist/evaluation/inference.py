@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from spark_dist.data.batches import windowed
 from spark_dist.data.views import Crop, SliceSpec
 
+BATCH = 16
+"""Slices that go through a network at a time."""
 OVERLAP = 0.25
 """Share by which neighbouring windows overlap, where a network is bound to the size of its crop."""
 
@@ -55,10 +57,9 @@ def class_probabilities(
     window: Sequence[float],
     spec: SliceSpec,
     whole: bool = True,
-    batch_size: int = 16,
     slices: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The first one's position and the probabilities (N, C, H, W) float32 of each `batch_size` slices (see
+    """The first one's position and the probabilities (N, C, H, W) float32 of each `BATCH` slices (see
     `probabilities`). The network, on whichever device, is in eval mode meanwhile, and then as it was."""
     device, plane = next(network.parameters()).device, image.shape[1:]
     crop = covering(spec.crop, plane, network.stride) if whole else spec.crop
@@ -69,8 +70,8 @@ def class_probabilities(
     network.eval()
     try:
         channels = spec.neighbours(range(len(image)) if slices is None else slices, len(image))
-        for start in range(0, len(channels), batch_size):
-            part = channels[start : start + batch_size]
+        for start in range(0, len(channels), BATCH):
+            part = channels[start : start + BATCH]
             crops = np.full((*part.shape, *crop.size), np.floor(window[0]), image.dtype)
             crops[:, :, *placed] = image[:, *inside][part]
             batch = windowed(torch.from_numpy(crops).to(device), ends.expand(len(part), 2))

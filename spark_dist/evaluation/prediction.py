@@ -17,7 +17,7 @@ from spark_dist.networks.ensemble import Ensemble
 from .inference import class_probabilities, largest_components, predicted_classes
 
 ALIKE = ("spec", "classes", "preparation", "label_values")
-"""What the model cards of an ensemble have in common."""
+"""Entries that the model cards of an ensemble share."""
 
 
 class Prediction(NamedTuple):
@@ -76,7 +76,7 @@ def load_student(
     threshold: float | None = None,
     device: str | torch.device | None = None,
 ) -> Predictor:
-    """What turns scans into label maps: a checkpoint, or the mean of the probabilities of several; with `flips`, over
+    """The way from scans to label maps: a checkpoint, or the mean of the probabilities of several; with `flips`, over
     the four flips of each slice too. `threshold` counts rather than the checkpoint's. It works on a GPU if there is one
     and no other `device` is named.
 

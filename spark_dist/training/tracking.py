@@ -261,7 +261,7 @@ def open_run(
 
     It stands below `parent`, if there is one: a run of the same job, or the name of a run that many jobs share.
 
-    Returns at once: the run is created on the server in the background.
+    Its parameters are those of MLflow's runs. Returns at once: the run is created on the server in the background.
     """
     folder.mkdir(parents=True, exist_ok=True)
     mend_journal(folder)
