@@ -1,4 +1,4 @@
-"""Drawings for people: predictions beside the ground truth, compared runs, and curves."""
+"""Drawings for people: predictions beside the ground truth, and compared runs."""
 
 import math
 from collections import defaultdict
@@ -187,19 +187,6 @@ def over_all_seeds(rows: Sequence[Row]) -> list[Row]:
     for row in rows:  # that over all seeds comes last
         kinds[row.title, row.network, row.width] = row
     return list(kinds.values())
-
-
-def curves_figure(histories: Mapping[str, Sequence[tuple[float, float]]], label: str, path: Path) -> None:
-    """Curves of (epoch, value) by name, as a PNG."""
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axis = figure.subplots()
-    for name, points in histories.items():
-        axis.plot(*zip(*points, strict=True), label=name)
-    axis.set_xlabel("epoch")
-    axis.set_ylabel(label)
-    axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
-    save(figure, path)
 
 
 def save(figure: Figure, path: Path) -> None:
