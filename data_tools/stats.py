@@ -219,7 +219,8 @@ def draw_intensities(axis, store: Store, intensities: Intensities) -> None:
         axis.axvline(end, color="black", linestyle=":", linewidth=1)
     axis.set(title="intensities of each label (dots: window)", ylabel="density", ylim=(0, None))
     axis.set_xlabel("window of each case: 0 … 1" if own else "stored intensity (CT: HU)")
-    axis.legend(frameon=False, fontsize=8)
+    if intensities.counts.any():
+        axis.legend(frameon=False, fontsize=8)
 
 
 def colour_of(store: Store, name: str) -> str:
