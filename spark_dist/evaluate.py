@@ -19,6 +19,7 @@ from spark_dist.data.slices import part_of_split
 from spark_dist.evaluation.cases import evaluate_cases, format_summaries, measured_regions, summaries
 from spark_dist.evaluation.metrics import TOLERANCE, write_cases
 from spark_dist.networks.checkpoint import load_network
+from spark_dist.networks.ensemble import Ensemble
 from spark_dist.training.distributed import make_accelerator, shut_down
 
 from .options import NonNegative, Options, Probability
@@ -40,6 +41,10 @@ class EvaluateOptions(Options):
     """Part of the split."""
     threshold: Probability | None = None
     """Probability from which a voxel is the target; the default is the training's."""
+    tta: Literal["none", "flips"] = "none"
+    """Test-time augmentation: none, or the mean over the four flips of each slice, which takes four times as long."""
+    largest_component: bool = False
+    """Keep only the largest component of each class, in the protocol over whole volumes."""
     surface_tolerance: NonNegative = TOLERANCE
     """Distance in mm up to which surfaces agree for the surface Dice."""
     out: Path | None = None
@@ -59,15 +64,19 @@ def run(options: EvaluateOptions) -> None:
     regions = measured_regions(store, spec, options.task)
     names = part_of_split(store, options.split, options.part)
     accelerator = make_accelerator()
-    network, tolerance = network.to(accelerator.device), options.surface_tolerance
-    cases = evaluate_cases(accelerator, network, store, names, spec, tolerance, regions)
+    network, tolerance = Ensemble([network], options.tta == "flips").to(accelerator.device), options.surface_tolerance
+    cases = evaluate_cases(
+        accelerator, network, store, names, spec, tolerance, regions, largest_component=options.largest_component
+    )
     if accelerator.is_main_process:
         title = f"{options.checkpoint}: {', '.join(regions)}, {options.part}, threshold {spec.threshold:g}"
         title += f", surface Dice at {tolerance:g} mm"
+        title += ", flips averaged" * (options.tta == "flips") + ", largest component" * options.largest_component
         console.print(cases_table(cases, title))
         console.print(format_summaries(summaries(cases)))
         if options.out:
-            facts = {"task": ",".join(regions), "split": options.part, "threshold": spec.threshold}
+            facts = {"task": ",".join(regions), "split": options.part, "threshold": spec.threshold, "tta": options.tta}
+            facts["largest_component"] = options.largest_component
             write_cases(options.out, cases, **facts, surface_tolerance=tolerance)
     shut_down(accelerator)
 

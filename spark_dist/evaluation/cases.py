@@ -14,7 +14,7 @@ from data_tools.store import Store
 from spark_dist.data.slices import VoxelReader
 from spark_dist.data.views import SliceSpec
 
-from .inference import covering, predicted_classes, probabilities
+from .inference import covering, largest_components, predicted_classes, probabilities
 from .intervals import summarise
 from .metrics import TOLERANCE, case_metrics
 
@@ -69,14 +69,16 @@ def evaluate_cases(
     spec: SliceSpec,
     tolerance: float | None = TOLERANCE,
     regions: Mapping[str, Region] | None = None,
+    largest_component: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Every case's metrics, by case name, the same on every process (see `case_metrics`); of several `regions`, which
     are the task's if not given, each metric's mean over them, and behind a dot its value for each, `dice.anterior`.
 
     Cases are shared among the processes and each is predicted whole by one of them, so that the metrics do not depend
     on how many there are. Both protocols: `volume` at `spec.threshold` over whole planes, and `labelled-slices` at
-    `LABELLED_THRESHOLD`. `tolerance` (mm) is that of the surface Dice; None leaves out the metrics of surfaces, which
-    take longest. Its parameters are the data's (store, cases, regions) and the protocol's.
+    `LABELLED_THRESHOLD`; the former with the `largest_component` of each class alone, if so told. `tolerance` (mm) is
+    that of the surface Dice; None leaves out the metrics of surfaces, which take longest. Its parameters
+    are the data's (store, cases, regions) and the protocol's.
     """
     reader, regions = VoxelReader(store), regions or measured_regions(store, spec)
     own = {}
@@ -85,6 +87,7 @@ def evaluate_cases(
         image, label = reader.case(name, "image"), reader.case(name, "label")
         shown = np.isin(label, [value for region in regions.values() for value in region.values]).any(axis=(1, 2))
         whole, labelled = both_protocols(network, image, shown, case.window, spec)
+        whole = largest_components(whole) if largest_component else whole
         found = {
             region: case_metrics(
                 np.isin(whole, classes), np.isin(label, values), case.spacing, np.isin(labelled, classes), tolerance

@@ -24,10 +24,13 @@ from spark_dist.cli import main
 from spark_dist.data.slices import VoxelReader
 from spark_dist.data.views import Crop, SliceSpec
 from spark_dist.evaluation.inference import largest_components, probabilities
+from spark_dist.evaluation.metrics import read_cases
 from spark_dist.networks import build_network
 from spark_dist.networks.checkpoint import load_network, save_network
 
 AFFINE = np.array([[-0.8, 0, 0, 10], [0, -0.7, 0, 20.3], [0, 0, 3, -40.7], [0, 0, 0, 1.0]])
+IPL = np.array([[0, 0, -0.7, 0], [0, -0.8, 0, 0], [-3.0, 0, 0, 0], [0, 0, 0, 1]])
+"""Of an array in the axes of a store."""
 PREPARED = {"preparation": Preparation(kind="fixed", low=-200, high=300), "label_values": (1,)}
 
 
@@ -137,6 +140,22 @@ def test_several_checkpoints_are_the_mean_of_their_probabilities(tmp_path, stude
     assert np.allclose((one + two) / 2, both, atol=1e-6)
     assert np.array_equal(both >= 0.5, read(tmp_path / "both" / "a.nii.gz") == 1)
     assert np.abs(one - two).max() > 1e-3
+
+
+def test_evaluate_measures_flips_and_the_largest_component(tmp_path, tiny_store):
+    """The same numbers as from the predictions that `predict` writes."""
+    student = checkpoint(tmp_path / "speckled.safetensors", seed=2)
+    name = open_store(tiny_store).split("default", "test")[0]
+    reader, dice = VoxelReader(open_store(tiny_store)), {}
+    image, label = reader.case(name, "image"), reader.case(name, "label") > 0
+    for option in ("--tta=none", "--tta=flips", "--largest-component"):
+        line = ["evaluate", student, "--dataset", tiny_store, option, "--out", tmp_path / "cases.json"]
+        assert main([*map(str, line)]) == 0
+        dice[option] = read_cases(tmp_path / "cases.json")[name]["dice"]
+        predictor = load_student(student, flips=option == "--tta=flips", largest_component="largest" in option)
+        found = predictor.predict(image, IPL) > 0
+        assert dice[option] == pytest.approx(2 * (found & label).sum() / (found.sum() + label.sum()))
+    assert dice["--tta=none"] != dice["--tta=flips"]
 
 
 def test_classes_have_the_values_of_the_label_files(tmp_path):

@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
+from data_tools.store import open_store
+from spark_dist.data.slices import VoxelReader
 from spark_dist.data.views import Crop, SliceSpec
-from spark_dist.evaluation.cases import LABELLED_THRESHOLD, both_protocols
-from spark_dist.evaluation.inference import covering, probabilities
+from spark_dist.evaluation.cases import LABELLED_THRESHOLD, both_protocols, evaluate_cases
+from spark_dist.evaluation.inference import covering, largest_components, probabilities
 from spark_dist.networks import NetworkOutput, build_network
 
 WINDOW = (0.0, 100.0)
@@ -107,3 +110,18 @@ def test_a_plane_that_the_crop_covers_is_predicted_as_the_crop():
     spec = SliceSpec("organ", Crop((32, 32)))
     whole, cropped = (probabilities(network, image, WINDOW, spec, whole=whole) for whole in (True, False))
     assert np.array_equal(whole, cropped)
+
+
+def test_the_largest_component_alone_is_measured(tiny_store):
+    store = open_store(tiny_store)
+    name = store.split("default", "test")[0]
+    image, label = (VoxelReader(store).case(name, kind) for kind in ("image", "label"))
+    truth, dice = label > 0, {}
+    for largest in (False, True):
+        found = (image >= 50).astype(np.uint8)
+        found = (largest_components(found) if largest else found) > 0
+        dice[largest] = 2 * (found & truth).sum() / (found.sum() + truth.sum())
+        spec = SliceSpec("organ", Crop((48, 48)))
+        cases = evaluate_cases(Accelerator(cpu=True), Bright(), store, [name], spec, None, largest_component=largest)
+        assert cases[name]["dice"] == pytest.approx(dice[largest])
+    assert dice[True] > dice[False] + 0.01
