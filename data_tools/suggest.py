@@ -19,6 +19,8 @@ BYTES_PER_PIXEL = 10_000
 much again for a while of the layer at work. The student's step is far smaller."""
 FIXED_BYTES = 2**30
 """Of its weights, gradients and Adam's moments, and of the GPU's own."""
+USUAL_BATCH = 16
+"""The batch that the default learning rates were found with; a larger one is not suggested."""
 LARGEST_SHARE = 0.05
 """Of the slices that show a target, the most that a batch holds (nnU-Net; Isensee et al., Nature Methods 2021)."""
 
@@ -33,17 +35,18 @@ def suggested_recipe(store: Store, percentiles: tuple[float, float], memory: flo
     size, shift = suggested_crop([(case, box_of_labels(store, case)) for case in cases])
     batch = suggested_batch(size, memory, sum(len(case.slices_with(*case.regions)) for case in cases))
     rows, columns = (np.median([case.spacing[axis] for case in store.cases.values()]) for axis in (1, 2))
-    prepare = f"--plane-spacing {rows:.3g},{columns:.3g}"
+    prepare, why = f"--plane-spacing {rows:.3g},{columns:.3g}", "the cases' median spacing"
     if store.attributes["window"]["kind"] == "fixed" and np.isfinite(percentiles).all():
         prepare = f"--window={percentiles[0]:.0f},{percentiles[1]:.0f} {prepare}"
+        why = f"the 0.5 and 99.5% of labelled intensities, {why}"
     return "\n".join(
         [
             f"# spark-data prepare … {prepare}",
-            "# (the 0.5 and 99.5% of labelled intensities and the median spacing, if it shall be prepared anew)",
+            f"# ({why}; for a store that is prepared anew)",
             f"dataset: {json.dumps(str(store.path))}",
             f"crop: {size[0] if size[0] == size[1] else list(size)}  # holds all labels of {COVERED:.0%} of the cases",
             f"crop_shift: {list(shift)}",
-            f"batch_size: {batch}  # for unet at width 1 in {memory:g} GiB",
+            f"batch_size: {min(batch, USUAL_BATCH)}  # unet at width 1 takes up to {batch} in {memory:g} GiB",
         ]
     )
 
