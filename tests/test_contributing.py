@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import textwrap
 import tomllib
 
 import nibabel
@@ -28,12 +27,13 @@ def copy(tmp_path_factory):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
     for part in ("pyproject.toml", "accelerate_config.yaml"):
         shutil.copy(ROOT / part, folder)
-    for _, name, code in BLOCK.findall((ROOT / "CONTRIBUTING.md").read_text()):
-        file, code = folder / name, textwrap.dedent(code)
+    for indent, name, code in BLOCK.findall((ROOT / "CONTRIBUTING.md").read_text()):
+        file, code = folder / name, re.sub(f"^{indent}", "", code, flags=re.MULTILINE)
         if file.exists():
-            place = code.rstrip().splitlines()[-2] + "\n"
-            assert place in file.read_text()
-            code = file.read_text().replace(place, code)
+            # It goes to the one line that it has in common with the file.
+            there = file.read_text().splitlines(keepends=True)
+            (place,) = {line for line in code.splitlines(keepends=True) if line.strip() and line in there}
+            code = "".join(there).replace(place, code)
         file.write_text(code)
     return folder
 
@@ -51,8 +51,16 @@ def test_the_guide_adds_a_file_and_a_line_for_each(copy):
     added = [name for name in blocks if not (ROOT / name).exists()]
     assert added == ["spark_dist/networks/mynet.py", "spark_dist/distillers/mymethod.py", "spark_dist/mycommand.py"]
     lines = [name for name in blocks if (ROOT / name).exists()]
-    assert len(set(lines)) == len(lines) == len(added) + 1  # and the region
+    assert len(set(lines)) == len(added) + 2  # and the transformation and the region
     assert all((copy / name).exists() for name in added)
+
+
+def test_the_transformation_that_was_added_is_the_last_one_and_tested(copy):
+    code = "from spark_dist.data.transformations import INTENSITY; print(list(INTENSITY)[-1])"
+    environment = os.environ | {"PYTHONPATH": str(copy)}
+    result = subprocess.run([sys.executable, "-c", code], cwd=copy, env=environment, capture_output=True, text=True)
+    assert result.stdout == "bias field\n"
+    assert "1 passed" in run(copy, "pytest", "tests/data/test_augmentation.py", "-k", "bias", "-p", "no:cacheprovider")
 
 
 def test_the_command_that_was_added_runs(copy, tiny_store):

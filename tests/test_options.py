@@ -21,9 +21,11 @@ NEEDED = {
     "distill": DATA,
     "cache": (),
     "evaluate": ("a.safetensors", "--dataset", "d.zarr"),
+    "predict": ("a.safetensors", "scan.nii"),
     "compare": (),
     "profile": (),
     "picture": ("a.safetensors", "--dataset", "d.zarr"),
+    "views": DATA,
     "sweep": ("grid.yaml",),
     "track-sync": ("folder",),
 }

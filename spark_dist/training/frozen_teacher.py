@@ -14,6 +14,7 @@ from data_tools.report import bytes_text
 from spark_dist.data.batches import SliceDataset, to_device
 from spark_dist.data.cache import CacheLayout, TeacherCache
 from spark_dist.data.number_formats import PREDICTION, entry_bytes
+from spark_dist.data.transformations import GEOMETRIC, INTENSITY
 from spark_dist.distillers import build_distiller
 from spark_dist.distillers.base import Distiller
 from spark_dist.networks.base import Taps
@@ -80,7 +81,9 @@ def matching_cache(job: Job, targets: TeacherTargets, card: ModelCard) -> Teache
         "context": job.spec.context,
         "dataset": o.dataset.stem,
         "slices": table.fingerprint,
-        "views": {**asdict(views), "count": views.count} if views.drawn else sorted(views.orientations),
+        "views": {**asdict(views), "count": views.count, "of": [*GEOMETRIC, *INTENSITY]}
+        if views.drawn
+        else sorted(views.orientations),
         "task": job.spec.task,
         "dtype": o.cache_dtype,
         "mixed_precision": job.accelerator.mixed_precision,
