@@ -50,8 +50,10 @@ class Arm:
 
 ARMS = {
     "teacher": Arm(network="unet", width=0.25, steps=700),
+    "teacher, 2000 steps": Arm(network="unet", width=0.25, steps=2000),
     "alone": Arm(),
     "soft, unlabelled": Arm("soft", 0.5),
+    "soft, unlabelled, teacher of 2000 steps": Arm("soft", 0.5, "teacher, 2000 steps"),
     "soft, unlabelled, enet as teacher": Arm("soft", 0.5, "alone"),
     "spark, unlabelled": Arm("spark", 0.5),
     "kd, unlabelled": Arm("kd", 0.5),
