@@ -253,10 +253,10 @@ def report(found: Sequence[Result], options: argparse.Namespace) -> None:
     lines = [
         "# When distilling helps: hippocampus",
         "",
-        f"`python -m benchmarks.distillation`: {TEST} test cases; enet, {options.steps} steps of 16 slices. The",
-        f"teacher is a unet ×{teacher.width:g}, {teacher.steps} steps on the labelled cases. Differences are in",
-        "points of Dice to the student alone of the",
-        "same draw, with 95% intervals over draws and cases. A draw is its own labelled cases, teacher and seed.",
+        f"`python -m benchmarks.distillation`: {TEST} test cases; enet, {options.steps} steps of 16 slices.",
+        f"The teacher is a unet ×{teacher.width:g}, {teacher.steps} steps on the labelled cases. Differences are in points",
+        "of Dice to the student alone of the same draw, with 95% intervals over draws and cases. A draw is its own",
+        "labelled cases, teacher and seed.",
         "",
         "| labelled | arm | draws | test Dice | to alone | gap closed | minutes |",
         "|---|---|---|---|---|---|---|",
@@ -274,13 +274,17 @@ def report(found: Sequence[Result], options: argparse.Namespace) -> None:
             lines += ["", f"{item.labelled} labelled: `{item.arm}` over the same with an enet as its teacher: "]
             lines[-1] += f"{mean:+.2f} [{low:+.2f}, {high:+.2f}] points."
     there = {(item.labelled, item.arm): item.draws for item in found}
-    missing = [
-        f"{number} {arm} ({there.get((number, arm), 0)} of {options.draws} draws)"
-        for number in options.labelled
-        for arm in ARMS
-        if there.get((number, arm), 0) < options.draws
-    ]
-    lines += ["", "Not run, or in part: " + ("; ".join(missing) or "nothing") + ".", ""]
+    for number in options.labelled:
+        missing = [
+            f"{arm} ({there.get((number, arm), 0)} of {options.draws})"
+            for arm in ARMS
+            if there.get((number, arm), 0) < options.draws
+        ]
+        lines += [
+            "",
+            f"Not run with {number} labelled, or not in all draws: " + ("; ".join(missing) or "nothing") + ".",
+        ]
+    lines.append("")
     write_text(RESULTS / "distillation.md", "\n".join(lines))
     draw_figure(found, RESULTS / "distillation.png")
 
@@ -289,7 +293,9 @@ def draw_figure(found: Sequence[Result], path: Path) -> None:
     """Differences to the student alone with their intervals, a panel for each regime."""
     from matplotlib.figure import Figure
 
-    regimes = sorted({item.labelled for item in found})
+    regimes = sorted({item.labelled for item in found if item.difference is not None})
+    if not regimes:
+        return
     shown = [[item for item in found if item.labelled == number and item.difference is not None] for number in regimes]
     figure = Figure(figsize=(8, 1 + 0.32 * sum(map(len, shown)) + 0.5 * len(shown)), dpi=120, layout="constrained")
     ratios = [max(1, len(items)) for items in shown]
@@ -301,7 +307,7 @@ def draw_figure(found: Sequence[Result], path: Path) -> None:
             axis.errorbar(item.difference, row, xerr=bars, fmt="o", color=color, capsize=3)
         axis.axvline(0, color="#999999", linewidth=1)
         axis.set_yticks(range(len(items)), [f"{item.arm} ({item.draws})" for item in items])
-        axis.invert_yaxis()
+        axis.set_ylim(len(items) - 0.5, -0.5)
         axis.set_title(f"{number} labelled cases", fontsize=10, loc="left")
     panels[-1].set_xlabel("points of test Dice to the student alone, 95% interval over draws and cases")
     figure.savefig(path)
