@@ -8,8 +8,8 @@ INSTALLED := $(VENV)/installed
 quickstart: $(INSTALLED)  ## the main job on synthetic CT, in a few minutes on two CPU cores
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/quickstart.sh
 
-test: $(INSTALLED)  ## all tests
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+test: $(INSTALLED)  ## all tests, in two processes; those of a file in the same one
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED)  ## ruff and the rooms' contract, as CI runs them
 	$(BIN)/ruff check .
