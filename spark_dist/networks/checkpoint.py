@@ -60,7 +60,7 @@ _CARDS = TypeAdapter(ModelCard)
 def save_network(path: Path, network: nn.Module, card: ModelCard) -> None:
     """Weights of a network and its card, as one .safetensors file."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()}
-    metadata = {"format": FORMAT, "description": _CARDS.dump_json(card).decode()}
+    metadata = {"format": FORMAT, "description": card_json(card)}
 
     def write(aside: Path) -> None:
         try:
@@ -71,11 +71,21 @@ def save_network(path: Path, network: nn.Module, card: ModelCard) -> None:
     write_atomically(path, write)
 
 
+def card_json(card: ModelCard) -> str:
+    """A card as JSON."""
+    return _CARDS.dump_json(card).decode()
+
+
 def load_network(path: Path) -> tuple[nn.Module, ModelCard]:
-    """A saved network and its card.
+    """A saved network and its card, from a .safetensors or an .onnx file; the latter's has no feature maps.
 
     Raises `UserError` if the file is missing, damaged or not one of this program's, or holds another network.
     """
+    if Path(path).suffix.lower() == ".onnx":
+        from .onnx import OnnxNetwork
+
+        network = OnnxNetwork(Path(path))
+        return network, network.card
     card, tensors = _read(Path(path), weights=True)
     network = build_network(card.network, card.in_channels, card.classes, card.width)
     load_weights(network, tensors, f"{path} ({card.network}, width {card.width:g})")
@@ -99,14 +109,14 @@ def _read(path: Path, weights: bool) -> tuple[ModelCard, dict[str, Tensor]]:
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path}: not a network saved by spark-dist (its metadata lack the format '{FORMAT}')")
     try:
-        return _parse_card(metadata.get("description", "")), tensors
+        return parse_card(metadata.get("description", "")), tensors
     except ValueError as error:
         raise UserError(
             f"{path}: the model card is damaged or edited ({error}); copy it again or train again"
         ) from None
 
 
-def _parse_card(text: str) -> ModelCard:
+def parse_card(text: str) -> ModelCard:
     """A card from its JSON. Raises `ValueError` that names the first wrong field."""
     facts = json.loads(text)
     if isinstance(facts, dict) and "spec" not in facts:  # cards were flat once

@@ -1,0 +1,189 @@
+"""Networks as ONNX files, which onnxruntime computes without PyTorch."""
+
+import json
+import logging
+import warnings
+from collections.abc import Iterable
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data_tools.errors import UserError
+from data_tools.files import write_atomically
+
+from .base import NetworkOutput
+from .checkpoint import FORMAT, ModelCard, card_json, parse_card
+
+NEEDED = "onnx, onnxscript and onnxruntime are needed: pip install -e '.[export]'"
+INPUT, OUTPUT = "slices", "logits"
+LARGEST_DIFFERENCE = 1e-4
+"""Between the logits of PyTorch and of onnxruntime."""
+
+
+class Logits(nn.Module):
+    """A network without its feature maps."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, slices: Tensor) -> Tensor:
+        return self.network(slices).logits
+
+
+class OnnxNetwork(nn.Module):
+    """A network in an ONNX file, computed by onnxruntime on the CPU. It has no feature maps."""
+
+    taps = None
+
+    def __init__(self, path: Path):
+        """Raises `UserError` for a file that is missing, damaged or not one of this program's."""
+        super().__init__()
+        # Tells where it is, as the parameters of a network do.
+        self.place = nn.Parameter(torch.empty(0), requires_grad=False)
+        with needed():
+            import onnxruntime
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; make it with spark-dist export")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        try:
+            self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime has a dozen, without a common base
+            raise UserError(f"{path}: not a whole ONNX file ({' '.join(str(error).split())[:120]})") from None
+        self.metadata = self.session.get_modelmeta().custom_metadata_map
+        if self.metadata.get("format") != FORMAT:
+            raise UserError(f"{path}: not a network exported by spark-dist (its metadata lack the format '{FORMAT}')")
+        try:
+            self.card = parse_card(self.metadata["description"])
+            self.stride = int(self.metadata["stride"])
+            plane = json.loads(self.metadata["plane"])
+            self.bound_to = plane and (int(plane[0]), int(plane[1]))
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise UserError(f"{path}: the model card is damaged or edited ({error}); export it again") from None
+
+    def forward(self, slices: Tensor) -> NetworkOutput:
+        (logits,) = self.session.run([OUTPUT], {INPUT: slices.cpu().numpy()})
+        return NetworkOutput(torch.from_numpy(logits).to(slices.device), None, None)
+
+
+def export_onnx(path: Path, network: nn.Module, card: ModelCard) -> tuple[int, int] | None:
+    """Write a network and its card as an ONNX file of any number of slices of any size that is a multiple of the
+    stride. Returns the one size that it takes instead, for a network that can't be exported for several.
+
+    Raises `UserError` if it can't be exported at all.
+    """
+    with needed():
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    network, failure = Logits(network.cpu().eval()), None
+    bound = getattr(network.network, "bound_to", None)
+    # Exporting specialises sizes of 1 and those of the example that a network computes with.
+    example = torch.zeros(2, card.in_channels, *(bound or card.spec.crop.size))
+    stride, batch = network.network.stride, torch.export.Dim("batch")
+    rows, columns = (stride * torch.export.Dim(name, min=2, max=2**14 // stride) for name in ("rows", "columns"))
+    for plane in (None, tuple(example.shape[-2:])):
+        if bound and plane is None:
+            continue
+        shape = {0: batch} if plane else {0: batch, 2: rows, 3: columns}
+        try:
+            with quiet():
+                program = torch.onnx.export(
+                    network,
+                    (example,),
+                    dynamo=True,
+                    dynamic_shapes={"slices": shape},
+                    input_names=[INPUT],
+                    output_names=[OUTPUT],
+                    external_data=False,
+                    verbose=False,
+                )
+        except Exception as error:  # whatever the exporter meets in a network
+            failure = failure or error
+            continue
+        program.model.metadata_props.update(metadata(card, stride, plane))
+        write_atomically(path, lambda aside, program=program: program.save(aside))
+        return plane
+    reason = " ".join(str(failure.__cause__ or failure).split())[:160]
+    raise UserError(f"{path}: {card.network} can't be exported to ONNX ({reason}); use the .safetensors")
+
+
+def metadata(card: ModelCard, stride: int, plane: tuple[int, int] | None) -> dict[str, str]:
+    """What an ONNX file says of itself: the model card whole, and for programs that are not this one in fields."""
+    window = card.preparation and {key: getattr(card.preparation, key) for key in ("kind", "low", "high")}
+    return {
+        "format": FORMAT,
+        "description": card_json(card),
+        "stride": str(stride),
+        "plane": json.dumps(plane),
+        "window": json.dumps(window),
+        "labels": json.dumps(dict(zip(card.spec.regions, card.label_values or (), strict=False))),
+        "threshold": str(card.spec.threshold),
+        "input": "N, channels, rows, columns, float32: intensities of which the window becomes -1 and 1, clipped",
+    }
+
+
+def difference(network: nn.Module, other: nn.Module, slices: Tensor) -> float:
+    """The largest difference of the logits of two networks, on slices (N, C, H, W)."""
+    with torch.no_grad():
+        return float((network.eval()(slices).logits - other(slices).logits).abs().max())
+
+
+def quantise(path: Path, out: Path, batches: Iterable[np.ndarray]) -> None:
+    """Write an ONNX file's network in int8: static quantisation of weights, by channel, and activations, whose ranges
+    are those of calibration `batches` (N, C, H, W) float32. It keeps the metadata."""
+    with needed():
+        import onnx
+        from onnxruntime import quantization
+
+    class Reader(quantization.CalibrationDataReader):
+        def __init__(self):
+            self.batches = iter(batches)
+
+        def get_next(self):
+            batch = next(self.batches, None)
+            return None if batch is None else {INPUT: batch}
+
+    def write(aside: Path) -> None:
+        with quiet():
+            quantization.quantize_static(
+                path,
+                aside,
+                Reader(),
+                quant_format=quantization.QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=quantization.QuantType.QUInt8,
+                weight_type=quantization.QuantType.QInt8,
+            )
+        model = onnx.load(aside)
+        onnx.helper.set_model_props(model, {prop.key: prop.value for prop in onnx.load(path).metadata_props})
+        onnx.save(model, aside)
+
+    write_atomically(out, write)
+
+
+@contextmanager
+def needed():
+    """Says what to install where an import fails."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"{NEEDED} ({error})") from None
+
+
+@contextmanager
+def quiet():
+    """Without what exporters print on their progress."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
