@@ -19,6 +19,7 @@ COMMANDS = {
     "distill": "train a student with a teacher",
     "cache": "fill a teacher cache ahead of training; list, verify, prune caches",
     "evaluate": "per-case metrics of a checkpoint on one part of a split",
+    "export": "a trained network as an ONNX file",
     "predict": "label maps of NIfTI scans",
     "compare": "table of runs: teacher, student alone, student distilled",
     "profile": "parameters, GFLOPs, activation memory and latency of networks",

@@ -31,6 +31,7 @@ GIVEN = {
     "distill": (JOB | TEACHER, ()),
     "cache": (JOB | TEACHER | {"cache-folder": "caches"}, ()),
     "evaluate": (DATA | {"split": "short", "out": "new.json"}, ("best.safetensors",)),
+    "export": (DATA, ("missing.safetensors", "new.onnx")),
     "predict": ({"out": "new"}, ("best.safetensors", "scan.nii")),
     "compare": (
         {"csv": "new.csv", "json": "new.json", "markdown": "new.md", "latex": "new.tex", "figure": "new.png"},

@@ -3,12 +3,10 @@
 import json
 import logging
 import warnings
-from collections.abc import Iterable
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -83,13 +81,14 @@ def export_onnx(path: Path, network: nn.Module, card: ModelCard) -> tuple[int, i
         import onnxscript  # noqa: F401
     network, failure = Logits(network.cpu().eval()), None
     bound = getattr(network.network, "bound_to", None)
-    # Exporting specialises sizes of 1 and those of the example that a network computes with.
-    example = torch.zeros(2, card.in_channels, *(bound or card.spec.crop.size))
     stride, batch = network.network.stride, torch.export.Dim("batch")
     rows, columns = (stride * torch.export.Dim(name, min=2, max=2**14 // stride) for name in ("rows", "columns"))
-    for plane in (None, tuple(example.shape[-2:])):
+    for plane in (None, bound or card.spec.crop.size):
         if bound and plane is None:
             continue
+        # A feature map of one pixel would be taken for one of that size for ever.
+        size = plane or [max(side, 2 * stride) for side in card.spec.crop.size]
+        example = torch.zeros(2, card.in_channels, *size)
         shape = {0: batch} if plane else {0: batch, 2: rows, 3: columns}
         try:
             with quiet():
@@ -132,39 +131,6 @@ def difference(network: nn.Module, other: nn.Module, slices: Tensor) -> float:
     """The largest difference of the logits of two networks, on slices (N, C, H, W)."""
     with torch.no_grad():
         return float((network.eval()(slices).logits - other(slices).logits).abs().max())
-
-
-def quantise(path: Path, out: Path, batches: Iterable[np.ndarray]) -> None:
-    """Write an ONNX file's network in int8: static quantisation of weights, by channel, and activations, whose ranges
-    are those of calibration `batches` (N, C, H, W) float32. It keeps the metadata."""
-    with needed():
-        import onnx
-        from onnxruntime import quantization
-
-    class Reader(quantization.CalibrationDataReader):
-        def __init__(self):
-            self.batches = iter(batches)
-
-        def get_next(self):
-            batch = next(self.batches, None)
-            return None if batch is None else {INPUT: batch}
-
-    def write(aside: Path) -> None:
-        with quiet():
-            quantization.quantize_static(
-                path,
-                aside,
-                Reader(),
-                quant_format=quantization.QuantFormat.QDQ,
-                per_channel=True,
-                activation_type=quantization.QuantType.QUInt8,
-                weight_type=quantization.QuantType.QInt8,
-            )
-        model = onnx.load(aside)
-        onnx.helper.set_model_props(model, {prop.key: prop.value for prop in onnx.load(path).metadata_props})
-        onnx.save(model, aside)
-
-    write_atomically(out, write)
 
 
 @contextmanager
