@@ -12,8 +12,8 @@ from pathlib import Path
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """Signals that ask a job to save its state and end."""
 
-LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "SLURM_STEP_ID")
-"""Environment variables that torchrun, accelerate and srun set in the processes that they start."""
+LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "SLURM_STEP_ID", "SPARK_DIST_CROSSVAL")
+"""Environment variables that torchrun, accelerate, srun and crossval set in the processes that they start."""
 
 
 def cores() -> int:

@@ -17,6 +17,7 @@ from data_tools.workers import end_with_launcher
 COMMANDS = {
     "train": "train a network without a teacher",
     "distill": "train a student with a teacher",
+    "crossval": "train or distill on every fold of a cross-validation",
     "cache": "fill a teacher cache ahead of training; list, verify, prune caches",
     "evaluate": "per-case metrics of a checkpoint on one part of a split",
     "export": "a trained network as an ONNX file",

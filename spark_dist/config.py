@@ -215,6 +215,7 @@ class TrainingOptions(
 
     def default_folder(self, name: str) -> Path:
         """Folder of a job of this name if none is given: below runs/, whatever its experiment is called."""
+        name += "" if self.split == "default" else f"-{self.split}"
         return Path("runs", re.sub(r"/|^\.+$", "-", self.experiment_name), name)
 
 

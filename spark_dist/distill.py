@@ -69,7 +69,7 @@ def train_together(job: Job) -> None:
         job.say(f"teacher and student: done already, {job.folder}")
         return
     network, card, best = build(job, stage), model_card(job, stage), folder / "best.safetensors"
-    with stage_tracker(job, stage.role, card, network) as tracker:
+    with stage_tracker(job, stage.role, card, network, stage.epochs) as tracker:
         teach = partial(with_live_teacher, job, LiveTeacher(network, folder, card, tracker))
         train_stage(job, student_stage(job), teach, teacher=best)
         tracker.artifact(best)

@@ -17,8 +17,8 @@ from nifti_cases import save
 
 import spark_dist.training.job
 from data_tools.errors import Interrupted
-from data_tools.store import open_store, write_split
-from spark_dist import cache, profile
+from data_tools.store import open_store, write_split, write_splits
+from spark_dist import cache, crossval, profile
 from spark_dist.cli import COMMANDS, REQUEUE, main
 from spark_dist.networks.cost import Cost
 from spark_dist.options import flag
@@ -30,6 +30,7 @@ GIVEN = {
     "train": (JOB | {"network": "enet"}, ()),
     "distill": (JOB | TEACHER, ()),
     "cache": (JOB | TEACHER | {"cache-folder": "caches"}, ()),
+    "crossval": (JOB | {"network": "enet", "split": "cv", "fold": "0"}, ("train",)),
     "evaluate": (DATA | {"split": "short", "out": "new.json"}, ("best.safetensors",)),
     "export": (DATA, ("missing.safetensors", "new.onnx")),
     "predict": ({"out": "new"}, ("best.safetensors", "scan.nii")),
@@ -77,6 +78,8 @@ def folder(jobs, tiny_store, tmp_path_factory):
     whole = open_store(folder / "tiny.zarr").splits["default"]
     write_split(folder / "tiny.zarr", "short", whole | {"test": whole["test"][:1]})
     save(folder / "scan.nii", np.arange(32 * 32 * 2, dtype=np.int16).reshape(32, 32, 2))
+    whole = {"train": whole["train"], "val": whole["val"], "test": whole["test"], "seed": 0}
+    write_splits(folder / "tiny.zarr", {f"cv-fold{k}": whole | {"made": {"fold": k, "folds": 3}} for k in range(3)})
     (folder / "grid.yaml").write_text("seed: [1, 2]\nmethod: [kd, spark]\n")
     (folder / "caches" / "foreign" / "segments").mkdir(parents=True)
     return folder
@@ -98,6 +101,7 @@ def stops_where_the_work_begins(folder, monkeypatch):
         import_module(f"spark_dist.{name.replace('-', '_')}")
     monkeypatch.setattr(spark_dist.training.job, "tracked", stop)
     monkeypatch.setattr(cache, "make_accelerator", begin)
+    monkeypatch.setattr(crossval, "start", begin)
     monkeypatch.setattr(profile, "measure", lambda name, *_: Cost(name, 1, 1.0, 1.0, 1.0))
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.chdir(folder)
@@ -122,7 +126,7 @@ def restore(folder, before):
 def check(folder, command, option, value):
     """Run a command in which an option, or an argument, has some value."""
     options, arguments = GIVEN[command]
-    if option in ("checkpoint", "checkpoints", "networks", "grid", "folder"):
+    if option in ("checkpoint", "checkpoints", "networks", "grid", "folder", "command"):
         arguments = (value,)
     else:
         options = options | {option: value}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from data_tools.store import open_store
+from data_tools.store import open_store, write_splits
 from spark_dist.training.checkpoint import load_state, newest_state
 
 SCRIPTS = [*sorted((ROOT / "launch" / "slurm").glob("*.s*")), *sorted((ROOT / "launch").glob("*.sh"))]
@@ -60,6 +60,18 @@ def test_dry_run(script, arguments, printed):
     environment = os.environ | job | {"SLURM_ARRAY_TASK_COUNT": "4"}
     result = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert printed in result.stdout, result.stderr
+
+
+def test_dry_run_of_a_fold(tiny_store, tmp_path):
+    shutil.copytree(tiny_store, tmp_path / "s.zarr")
+    fold = {"train": ["case_00000"], "val": ["case_00001"], "test": ["case_00002"], "seed": 0}
+    write_splits(tmp_path / "s.zarr", {f"cv-fold{k}": fold | {"made": {"fold": k, "folds": 3}} for k in range(3)})
+    line = ["bash", "launch/slurm/crossval.sbatch", "--dry-run", "train", "--dataset", tmp_path / "s.zarr"]
+    line += ["--task", "organ", "--network", "enet", "--split", "cv"]
+    environment = os.environ | {"SLURM_ARRAY_TASK_ID": "2", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert "-m spark_dist.train" in result.stdout, result.stderr
+    assert "--split=cv-fold2" in result.stdout
 
 
 def pipeline(*line, **environment):

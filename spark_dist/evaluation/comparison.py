@@ -11,6 +11,8 @@ from .intervals import difference_over_seeds, over_seeds
 
 LOWER_IS_BETTER = ("hd", "assd", "voe", "false_positive")
 """Metrics whose names begin so are errors."""
+NOT_IN_ROWS = ("seed", "cases", "fold", "crossval")
+"""Facts of a single run."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,10 @@ class Run:
     """Metrics of the test cases."""
     data: str = ""
     """A hash of the split's cases; none in runs that were logged before it was."""
+    fold: str = ""
+    """"0 of 5", where the split is a fold of a cross-validation."""
+    crossval: str = ""
+    """A hash that the folds of one cross-validation share."""
     gflops: float | None = None
     """Of one slice of the training's crop; a multiply-add counts 2."""
     latency_ms: float | None = None
@@ -161,7 +167,7 @@ def make_row(members: Sequence[Run], runs: Sequence[Run], metric: str) -> Row:
     hd95 = over_seeds([values_of(item, "hd95") for item in members])
     wrong = [metrics.get("false_positive_ml") for item in members for metrics in item.cases.values()]
     return Row(
-        **{field.name: getattr(first, field.name) for field in fields(Run) if field.name not in ("seed", "cases")},
+        **{field.name: getattr(first, field.name) for field in fields(Run) if field.name not in NOT_IN_ROWS},
         seeds=first.seed if len(members) == 1 else f"{len(members)} seeds",
         **{key: summary[key] for key in ("cases", "mean", "low", "high", "misses")},
         hd95=hd95["mean"],

@@ -9,6 +9,7 @@ from typing import Any
 
 from data_tools.errors import UserError, unknown_name
 from spark_dist.evaluation.comparison import Run
+from spark_dist.evaluation.folds import pool_folds
 from spark_dist.evaluation.metrics import read_cases
 from spark_dist.networks.cost import gflops_of
 
@@ -54,6 +55,8 @@ def load_runs(tracking_uri: str, name: str = "") -> tuple[list[Run], list[str]]:
             parameters=int(tags["parameters"]),
             cases=cases,
             data=above.get("data", ""),
+            fold=above.get("fold", ""),
+            crossval=above.get("crossval", ""),
             gflops=operations(item),
             latency_ms=item.data.metrics.get("latency_ms"),
         )
@@ -71,7 +74,8 @@ def load_runs(tracking_uri: str, name: str = "") -> tuple[list[Run], list[str]]:
         notes.append(f"of runs with equal network, method and seed the last is shown; {replaced} older left out")
     if not found:
         raise UserError(f"{tracking_uri}: no run in '{name}' has test metrics yet")
-    return list(found.values()), notes
+    pooled, lines = pool_folds(list(found.values()))
+    return pooled, [*notes, *lines]
 
 
 def with_known_data(runs: list[Run]) -> tuple[list[Run], list[str]]:

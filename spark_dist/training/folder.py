@@ -41,7 +41,14 @@ MAY_DIFFER = (
 RUN = ("tracking.json", "tracking.jsonl")
 JOB = ("config.yaml", "generation.txt", "support.txt", *RUN)
 STATES = ("step-*.pt", "step-*.damaged", ".step-*.tmp")
-STAGE = ("best.safetensors", "test_cases.json", "predictions.png", *RUN, *(f"checkpoints/{name}" for name in STATES))
+STAGE = (
+    "best.safetensors",
+    "test_cases.json",
+    "cases.json",
+    "predictions.png",
+    *RUN,
+    *(f"checkpoints/{name}" for name in STATES),
+)
 """All that a job writes, beside its mark."""
 STAGES = ("network", "teacher", "student")
 

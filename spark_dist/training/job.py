@@ -1,13 +1,16 @@
 """A training job: its folder, its runs in MLflow, and its stages (a teacher's, a student's)."""
 
+import getpass
+import os
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from accelerate import Accelerator
 
 from data_tools.errors import Interrupted, UserError
@@ -16,7 +19,7 @@ from data_tools.progress import console
 from data_tools.store import Store, open_store
 from spark_dist.config import DistillOptions, TrainingOptions
 from spark_dist.data.coverage import coverage_line, unseen_target
-from spark_dist.data.identity import split_fingerprints
+from spark_dist.data.identity import fold_of, split_fingerprints
 from spark_dist.data.slices import SliceTable, slice_table, with_unlabelled
 from spark_dist.data.views import SliceSpec
 from spark_dist.networks.checkpoint import load_network
@@ -112,6 +115,7 @@ def open_job(options: TrainingOptions, tags: Mapping[str, Any]) -> Iterator[Job]
     data = split_fingerprints(store, options.split)
     facts = {"world_size": accelerator.num_processes, "git_commit": git_commit(), "seed": options.seed}
     facts |= {"dataset": options.dataset.stem, "task": task, "data": fingerprint(data), **tags}
+    facts |= fold_of(store, options.split, data)
     with ExitStack() as stack:
 
         def enter() -> None:
@@ -121,7 +125,8 @@ def open_job(options: TrainingOptions, tags: Mapping[str, Any]) -> Iterator[Job]
             claim(options.folder, options, data | {"teacher": teacher and weights_hash(load_network(teacher)[0])})
 
         by_main(accelerator, enter)
-        with tracked(accelerator, options, options.folder.name, options.folder, facts) as tracker:
+        about = RunFacts(options.folder.name, options.folder, facts, plain(options))
+        with tracked(accelerator, options, about) as tracker:
             tracker.artifact(options.folder / "config.yaml")
             job = Job(options, accelerator, store, tracker)
             if warning:
@@ -133,20 +138,27 @@ def open_job(options: TrainingOptions, tags: Mapping[str, Any]) -> Iterator[Job]
         shut_down(accelerator)
 
 
+class RunFacts(NamedTuple):
+    """The name of an MLflow run, the folder of its journal, and its tags and parameters."""
+
+    name: str
+    folder: Path
+    tags: Mapping[str, Any]
+    params: Mapping[str, Any]
+
+
 @contextmanager
 def tracked(
     accelerator: Accelerator,
     options: TrainingOptions,
-    name: str,
-    folder: Path,
-    tags: Mapping[str, Any],
+    about: RunFacts,
     parent: Tracker | None = None,
 ) -> Iterator[Tracker]:
     """An MLflow run that ends as the block does; a stand-in on all processes but the main one."""
     if accelerator.is_main_process:
-        tags = {key: str(value) for key, value in tags.items()}
+        tags = {key: str(value) for key, value in (origin(accelerator) | dict(about.tags)).items()}
         uri, experiment = options.tracking_uri, options.experiment_name
-        tracker = open_run(uri, experiment, name, folder, tags, plain(options), parent or options.sweep)
+        tracker = open_run(uri, experiment, about.name, about.folder, tags, about.params, parent or options.sweep)
     else:
         tracker = null_tracker()
     status, failure = "FAILED", ""
@@ -175,7 +187,33 @@ def is_done(job: Job, folder: Path) -> bool:
     return by_main(job.accelerator, look)
 
 
+def origin(accelerator: Accelerator) -> dict[str, str]:
+    """Who runs what on which machine, as tags under MLflow's own names where it has some."""
+    device = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else "cpu"
+    return {
+        "mlflow.user": user(),
+        "mlflow.source.name": "spark-dist",
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.git.commit": git_commit(),
+        "mixed_precision": accelerator.mixed_precision,
+        "device": device,
+        "torch": torch.__version__,
+    }
+
+
+def user() -> str:
+    """The name of the one who runs this; a number where a machine has no names."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
+@cache
 def git_commit() -> str:
-    """The commit of the working directory, or nothing outside a repository."""
-    result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return result.stdout.strip()
+    """The commit of this package, or nothing where it does not lie in a repository."""
+    line = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(line, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git here
+        return ""

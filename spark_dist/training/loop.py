@@ -1,6 +1,7 @@
 """The loop of `train` and `distill`, read from top to bottom."""
 
 import math
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,6 +74,7 @@ def fit(accelerator: Accelerator, teaching: Teaching, loader: Prefetcher, valida
     pace = Pace(accelerator, options.checkpoint_minutes, options.checkpoint_steps, done)
     with progress_bar(run.folder.name, total, done, accelerator.is_main_process) as advance:
         model.train()
+        begun, from_step = time.monotonic(), done
         for epoch, part, raw in parts_of_batches(loader, state["epoch"], state["step"], run.stop_epoch):
             lr = cosine(*options.learning_rates, epoch / run.epochs)
             for group in optimizer.param_groups:
@@ -104,6 +106,7 @@ def fit(accelerator: Accelerator, teaching: Teaching, loader: Prefetcher, valida
             state |= {"epoch": epoch, "step": step, "losses": losses.epoch}
             if epoch_over:
                 metrics |= {"lr": lr, "train/loss_epoch": losses.epoch_mean()}
+                metrics |= speed(time.monotonic() - begun, done - from_step, sampler.steps, options.batch_size)
                 state |= {"epoch": epoch + 1, "step": 0, "losses": losses.epoch}
             if epoch_over and (options.validates(epoch, sampler.steps) or epoch + 1 == run.stop_epoch):
                 # Each process has seen other samples: the running statistics are those of the main process.
@@ -117,6 +120,8 @@ def fit(accelerator: Accelerator, teaching: Teaching, loader: Prefetcher, valida
                     save_network(run.folder / "best.safetensors", student, card)
                 model.train()
             run.tracker.metrics(metrics, done)
+            if epoch_over:
+                begun, from_step = time.monotonic(), done
             if epoch_over and accelerator.is_main_process:
                 console.print(epoch_line(run, epoch, metrics))
             stopping, due = pace.look(done)
@@ -138,6 +143,14 @@ def parts_of_batches(
         sampler.epoch, sampler.start = current, step if current == epoch else 0
         for part, raw in enumerate(loader, start=sampler.start * sampler.accumulate):
             yield current, part, raw
+
+
+def speed(seconds: float, steps: int, epoch_steps: int, batch_size: int) -> dict[str, float]:
+    """Speed of training, without validation, by the steps that this process took of an epoch."""
+    return {
+        "speed/epoch_seconds": seconds * epoch_steps / steps,
+        "speed/slices_per_second": steps * batch_size / seconds,
+    }
 
 
 def epoch_line(run: StageRun, epoch: int, metrics: Mapping[str, float]) -> str:

@@ -1,9 +1,10 @@
 """A stage of a job: one network is trained, validated and tested."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import set_seed
@@ -14,24 +15,33 @@ from data_tools.files import write_text
 from data_tools.labels import source_values
 from data_tools.preparation import Preparation
 from data_tools.store import Store
-from spark_dist.config import TrainingOptions
+from spark_dist.config import DistillOptions, TrainingOptions
 from spark_dist.data.batches import SliceDataset, support_set
 from spark_dist.data.identity import image_fingerprint
 from spark_dist.data.loader import Prefetcher, training_loader
 from spark_dist.data.order import EpochSampler
 from spark_dist.data.slices import slice_table
+from spark_dist.distillers import distiller_settings
 from spark_dist.distillers.plain import Plain
 from spark_dist.networks import build_network
 from spark_dist.networks.checkpoint import ModelCard, load_card
+from spark_dist.networks.cost import gflops_of
 from spark_dist.networks.resnet import load_pretrained
 from spark_dist.teacher.targets import TeacherTargets
 
 from .checkpoint import epochs_done
 from .distillation import Distillation
-from .job import Job, is_done, tracked
+from .folder import plain
+from .job import Job, RunFacts, is_done, tracked
 from .loop import StageRun, Teaching, fit
 from .tracking import Tracker
 from .validation import evaluate_on_test, validation
+
+OF_A_STAGE = (
+    *("teacher", "student", "method", "weights", "distill_", "allow_", "cache", "rounds", "together", "unlabelled"),
+    *("epochs", "steps", "network", "width", "pretrained"),
+)
+"""Beginnings of the options that hold of one network of a job, and are told of that alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +80,7 @@ def train_stage(
     if stop_epoch < stage.epochs and epochs_done(accelerator, folder) >= stop_epoch:
         return best
     network, card = build(job, stage), model_card(job, stage)
-    with stage_tracker(job, stage.role, card, network) as tracker:
+    with stage_tracker(job, stage.role, card, network, stage.epochs) as tracker:
         teaching = teach(network)
         adapt(teaching.distillation, options)
         loader = stage_loader(job, teaching.targets)
@@ -141,11 +151,40 @@ def label_values(store: Store, task: str) -> tuple[int, ...]:
     return tuple(int(values[min(stored)]) for stored in store.task(task).values)
 
 
-def stage_tracker(job: Job, role: str, card: ModelCard, network: nn.Module) -> AbstractContextManager[Tracker]:
-    """A run below the job's, with the tags that runs are compared by."""
+@contextmanager
+def stage_tracker(
+    job: Job, role: str, card: ModelCard, network: nn.Module, epochs: int | None = None
+) -> Iterator[Tracker]:
+    """A run below the job's, with the tags that runs are compared by; one of a network that is trained elsewhere has no
+    `epochs`."""
     tags = {key: getattr(card, key) for key in ("network", "width", "method", "seed", "dataset", "split")}
     tags |= {"role": role, "task": card.spec.task, "parameters": sum(p.numel() for p in network.parameters())}
-    return tracked(job.accelerator, job.options, f"{role} {card.network}", job.folder / role, tags, job.tracker)
+    params = stage_params(job.options, card, role, epochs)
+    name = f"{run_title(role, card.method)} {card.network}"
+    about = RunFacts(name, job.folder / role, tags, params)
+    with tracked(job.accelerator, job.options, about, job.tracker) as tracker:
+        tracker.metrics({"parameters": tags["parameters"]}, step=0)
+        with suppress(RuntimeError, NotImplementedError):  # what can't be counted on torch's meta device
+            rows_columns = card.spec.crop.size
+            tracker.metrics({"gflops": gflops_of(card.network, card.width, rows_columns)}, step=0)
+        yield tracker
+
+
+def run_title(role: str, method: str) -> str:
+    """The beginning of a run's name, by which it is told from others in a narrow list."""
+    return "teacher" if role == "teacher" else "alone" if method == "none" else method
+
+
+def stage_params(options: TrainingOptions, card: ModelCard, role: str, epochs: int | None) -> dict[str, Any]:
+    """The options that hold of this very network's training, a method's weights and settings each by its name."""
+    found = {key: value for key, value in plain(options).items() if not key.startswith(OF_A_STAGE)}
+    found |= {"network": card.network, "width": card.width, "seed": card.seed, "method": card.method}
+    found |= {"epochs": epochs} if epochs else {}
+    if role == "student" and isinstance(options, DistillOptions):
+        found |= {f"method.{key}": v for key, v in (distiller_settings(options.method) | options.weights).items()}
+        found |= {key: getattr(options, key) for key in ("teacher", "teacher_width", "rounds", "together", "cache")}
+        found |= {key: getattr(options, key) for key in ("distill_schedule", "distill_warmup", "unlabelled_share")}
+    return found
 
 
 def adapt(distillation: Distillation, options: TrainingOptions) -> None:

@@ -1,20 +1,27 @@
 """A network's worth: on val, while it trains, and on test, once."""
 
-from collections.abc import Callable
+import json
+import math
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from data_tools.errors import UserError
+from data_tools.files import write_text
 from spark_dist.evaluation.cases import evaluate_cases, format_summaries, summaries
 from spark_dist.evaluation.figures import draw_predictions
 from spark_dist.evaluation.metrics import read_cases, write_cases
-from spark_dist.networks.checkpoint import load_network
+from spark_dist.networks.checkpoint import ModelCard, load_network
 
 from .distributed import by_main
 from .job import Job
 from .tracking import Tracker
+
+TABLE = "cases.json"
+"""The test cases' metrics as a table of MLflow."""
 
 Validate = Callable[[nn.Module], dict[str, float]]
 """From a network to its metrics on the val cases; the epoch with the best `val/dice` is kept."""
@@ -39,7 +46,8 @@ def evaluate_on_test(
     What is in the folder already, from before a kill, is only logged again.
     """
     spec, device = job.spec, job.accelerator.device
-    network = load_network(checkpoint)[0].to(device)
+    network, card = load_network(checkpoint)
+    network = network.to(device)
     cases = job.store.split(job.options.split, "test")
     file, picture = folder / "test_cases.json", folder / "predictions.png"
     before = by_main(job.accelerator, lambda: metrics_before(file))
@@ -47,6 +55,9 @@ def evaluate_on_test(
     summary = summaries(metrics)
     job.say(f"{role}: test {format_summaries(summary)}")
     tracker.metrics({f"test/{key}": s["mean"] for key, s in summary.items()}, step=0)
+    results = results_of(summary, card)
+    tracker.metrics(results, step=0)
+    job.tracker.metrics({f"{role}/{key}": value for key, value in results.items()}, step=0)
     if job.accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         if not before or not picture.exists():
@@ -55,7 +66,31 @@ def evaluate_on_test(
             write_cases(file, metrics, task=spec.task, split="test", threshold=spec.threshold)
         tracker.artifact(picture)
         tracker.artifact(file)
+        write_text(folder / TABLE, json.dumps(as_table(metrics)))
+        tracker.artifact(folder / TABLE)
+        # What MLflow's own log_table leaves, which appends to a table that is there already.
+        tracker.tags({"mlflow.loggedArtifacts": json.dumps([{"path": TABLE, "type": "table"}])})
     job.accelerator.wait_for_everyone()
+
+
+def results_of(summary: Mapping[str, Mapping[str, Any]], card: ModelCard) -> dict[str, float]:
+    """Numbers that a run is looked at for: test Dice with its 95% interval, missed cases, the best epoch on val."""
+    dice = summary["dice"]
+    found = {f"test_dice{end}": dice[key] for end, key in (("", "mean"), ("_low", "low"), ("_high", "high"))}
+    found |= {"test_misses": summary["hd95"]["misses"], "test_hd95_mm": summary["hd95"]["mean"]}
+    if card.val_dice is not None:
+        found |= {"best_val_dice": card.val_dice, "best_epoch": card.epoch}
+    return found
+
+
+def as_table(cases: Mapping[str, Mapping[str, float]]) -> dict[str, list]:
+    """A row for each case, as MLflow's pages show tables side by side. What is not finite is null."""
+    names = list(next(iter(cases.values())))
+    rows = [
+        [case, *(values[name] if math.isfinite(values[name]) else None for name in names)]
+        for case, values in sorted(cases.items())
+    ]
+    return {"columns": ["case", *names], "data": rows}
 
 
 def metrics_before(file: Path) -> dict[str, dict[str, float]] | None:

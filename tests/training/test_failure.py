@@ -191,7 +191,7 @@ def test_a_job_without_its_server_trains_and_is_sent_later(jobs, tiny_store, tmp
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/late.db")
     experiment = client.get_experiment_by_name("late")
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
-    student = runs["student enet"]
+    student = runs["spark enet"]
     assert student.data.tags["mlflow.parentRunId"] == runs["job"].info.run_id
     assert [m.step for m in client.get_metric_history(student.info.run_id, "val/dice")] == [4, 8]
     assert "best.safetensors" in {file.path for file in client.list_artifacts(student.info.run_id)}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_two_processes_train_teacher_and_student_and_reuse_the_cache(distilled, 
     assert f"/#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning" in first.stdout
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
     parent = runs["one"]
-    for name, role in (("teacher unet", "teacher"), ("student enet", "student")):
+    for name, role in (("teacher unet", "teacher"), ("spark enet", "student")):
         run = runs[name]
         assert run.info.status == "FINISHED"
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
@@ -52,7 +53,8 @@ def test_two_processes_train_teacher_and_student_and_reuse_the_cache(distilled, 
         assert 0 <= run.data.metrics["test/dice"] <= 1
         paths = {file.path for file in client.list_artifacts(run.info.run_id)}
         assert {"best.safetensors", "test_cases.json", "predictions.png"} <= paths
-    assert runs["student enet"].data.tags["method"] == "spark"
+    assert runs["spark enet"].data.tags["method"] == "spark"
+    check_pages(client, parent, runs["teacher unet"], runs["spark enet"])
 
     teacher = tmp_path / "one" / "teacher" / "best.safetensors"
     second = distilled("two", "--epochs", 2, "--teacher-checkpoint", teacher)
@@ -63,6 +65,27 @@ def test_two_processes_train_teacher_and_student_and_reuse_the_cache(distilled, 
 
     third = distilled("three", "--epochs", 2, "--seed", 5)  # another teacher
     assert "(new): 0 of" in third.stdout
+
+
+def check_pages(client, parent, teacher, student):
+    """What a person looks for in MLflow is there, and true of the run where it stands."""
+    for role, run in (("teacher", teacher), ("student", student)):
+        metrics = run.data.metrics
+        assert {"parameters", "gflops", "speed/epoch_seconds", "speed/slices_per_second"} < metrics.keys()
+        assert metrics["parameters"] == float(run.data.tags["parameters"])
+        assert metrics["test_dice_low"] <= metrics["test_dice"] <= metrics["test_dice_high"]
+        best = max(client.get_metric_history(run.info.run_id, "val/dice"), key=lambda found: found.value)
+        assert metrics["best_val_dice"] == best.value
+        for key in ("test_dice", "test_dice_low", "test_misses", "best_val_dice", "best_epoch"):
+            assert parent.data.metrics[f"{role}/{key}"] == metrics[key]
+        table = json.loads(Path(client.download_artifacts(run.info.run_id, "cases.json")).read_text())
+        assert [row[0] for row in table["data"]] == ["case_00008", "case_00009", "case_00010"]
+        assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": "cases.json", "type": "table"}]
+        assert {"mlflow.user", "torch", "device", "mixed_precision"} < run.data.tags.keys()
+    assert student.data.params["network"] == "enet"
+    assert "method.gain" in student.data.params
+    assert (teacher.data.params["network"], teacher.data.params["method"]) == ("unet", "none")
+    assert not [key for key in teacher.data.params if key.startswith(("student", "method.", "teacher"))]
 
 
 @pytest.mark.launch

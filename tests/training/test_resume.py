@@ -41,7 +41,7 @@ def trace(folder):
         found[f"{stage} best"] = state["best"]
         found[f"{stage} cases"] = json.loads((part / "test_cases.json").read_text())["cases"]
         logged = [(k, e["step"], v) for _, e in read_journal(part) for k, v in e.get("metrics", {}).items()]
-        logged = [(k, step, v) for k, step, v in logged if not k.startswith(("system/", "cache/"))]
+        logged = [(k, step, v) for k, step, v in logged if not k.startswith(("system/", "cache/", "speed/"))]
         assert len({(k, step) for k, step, _ in logged}) == len(logged)
         found[f"{stage} logged"] = sorted(logged)
     return found
