@@ -76,20 +76,16 @@ class Views:
         `target` (H, W) bool is what crops from anywhere lie around. The image is in the store's intensities, or for
         `full` float32 with 0 and 1 in the place of `window`'s ends.
         """
+        orientation = self.orientations[number % len(self.orientations)]
+        if not self.drawn:
+            return oriented(self.crop, orientation, image, label, window)
         geometric, intensity, drawn = uniforms(self.seed, 3, row, number)
-        full = self.augment == "full"
-        orientation = self.orientations[
-            int(drawn[0] * len(self.orientations)) if full else number % len(self.orientations)
-        ]
-        crop = (
-            replace(self.crop, shift=shift_to(self.crop, label.shape, target, drawn[1:]))
-            if self.anywhere
-            else self.crop
-        )
-        if not full:
-            fill = np.floor(window[0])
-            planes = [orient(crop.of(plane, fill), orientation) for plane in image]
-            return planes, orient(crop.of(label, 0), orientation)
+        crop = self.crop
+        if self.anywhere:
+            crop = replace(crop, shift=shift_to(crop, label.shape, target, drawn[1:]))
+        if self.augment != "full":
+            return oriented(crop, orientation, image, label, window)
+        orientation = self.orientations[int(drawn[0] * len(self.orientations))]
         matrix = (
             crop.centre_of(label.shape)
             @ affine(crop.size, geometric)
@@ -98,6 +94,14 @@ class Views:
         )
         planes = [warp(in_window(plane, window), matrix, crop.size, 0, nearest=False) for plane in image]
         return changed(np.stack(planes), intensity), warp(label, matrix, crop.size, 0, nearest=True)
+
+
+def oriented(
+    crop: Crop, orientation: int, image: Sequence[np.ndarray], label: np.ndarray, window: Sequence[float]
+) -> tuple[Sequence[np.ndarray], np.ndarray]:
+    """A crop of a slice's channels and label (H, W) each, in one of the eight orientations."""
+    fill = np.floor(window[0])
+    return [orient(crop.of(plane, fill), orientation) for plane in image], orient(crop.of(label, 0), orientation)
 
 
 def shift_to(crop: Crop, plane: tuple[int, int], target: np.ndarray, u: Uniforms) -> tuple[int, int]:

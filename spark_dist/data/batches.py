@@ -115,8 +115,8 @@ class SliceDataset(Dataset):
             case, z = self.table.cases[self.table.case[row]], int(self.table.slice[row])
             cases.append(self.table.store.cases[case])
             names.append(f"{self.table.store.path}: {self.table.name(row)}")
-            images.append(self.start_image(case, z, shared))
             with damage_named(names[-1]):
+                images.append(self.start_image(case, z, shared))
                 known = row < self.table.with_ground_truth
                 labels.append(self.reader.slices(case, "label").start(z) if known else None)
         entries = self.cache.start_reading(keys) if self.cache is not None else None
@@ -129,15 +129,15 @@ class SliceDataset(Dataset):
         self, case: str, z: int, shared: dict[tuple[str, int], SharedSlice]
     ) -> list[PendingSlice | SharedSlice]:
         """Have a slice and its neighbours fetched, but for those that are in `shared` already."""
+        reader = self.reader.slices(case, "image")
+        if not self.spec.context:
+            return [reader.start(z)]  # of use to one sample only, which saves a copy
         fetched = []
         for near in self.spec.neighbours([z], self.table.store.cases[case].shape[0])[0].tolist():
-            name = f"{self.table.store.path}: {case} slice {near}"
             if (case, near) not in shared:
+                name = f"{self.table.store.path}: {case} slice {near}"
                 with damage_named(name):
-                    pending = self.reader.slices(case, "image").start(near)
-                if not self.spec.context:
-                    return [pending]  # of use to one sample only, which saves a copy
-                shared[case, near] = SharedSlice(pending, name)
+                    shared[case, near] = SharedSlice(reader.start(near), name)
             fetched.append(shared[case, near])
         return fetched
 
