@@ -113,7 +113,7 @@ def export_onnx(path: Path, network: nn.Module, card: ModelCard) -> tuple[int, i
 
 
 def metadata(card: ModelCard, stride: int, plane: tuple[int, int] | None) -> dict[str, str]:
-    """What an ONNX file says of itself: the model card whole, and for programs that are not this one in fields."""
+    """The metadata of an ONNX file: the model card whole, and for programs that are not this one in fields."""
     window = card.preparation and {key: getattr(card.preparation, key) for key in ("kind", "low", "high")}
     return {
         "format": FORMAT,
