@@ -254,8 +254,11 @@ class DistillationOptions(Options):
     """Optimizer steps of the teacher's own training instead, rounded up to whole epochs."""
     teacher_pretrained: Path | None = None
     """ImageNet weights (.pth, .safetensors) for a teacher with a ResNet encoder."""
-    teacher_checkpoint: Path | None = None
-    """A trained teacher (.safetensors), which takes the place of its training."""
+    teacher_checkpoint: list[Path] | None = None
+    """A trained teacher (.safetensors), which takes the place of its training; several (A B C) are one teacher, whose
+    probabilities are the mean of theirs, for methods that need no more of it."""
+    teacher_tta: Literal["none", "flips"] = "none"
+    """Test-time augmentation of the teacher: its probabilities are the mean over the four flips of a slice."""
     allow_teacher_overlap: bool = False
     """Take a --teacher-checkpoint that was trained on val or test cases of the split, so that metrics say nothing of
     new cases."""

@@ -8,11 +8,11 @@ if __name__ == "__main__":
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from torch import nn
 
 from spark_dist.networks.checkpoint import load_network
+from spark_dist.teacher.saved import WITH_FLIPS, SavedTeacher
 from spark_dist.teacher.targets import TeacherTargets
 from spark_dist.training.checks import check
 from spark_dist.training.distillation import Distillation, distillation_factor
@@ -37,7 +37,7 @@ OPTIONS = DistillOptions
 def run(options: DistillOptions) -> None:
     """Train the teacher (or take a trained one), then the student with it; test both."""
     check(options)
-    tags = {"method": options.method, "teacher": options.teacher, "student": options.student}
+    tags = {"method": options.method, "teacher": name_of_teacher(options), "student": options.student}
     with open_job(options, tags) as job:
         if options.together == "live":
             train_together(job)
@@ -54,12 +54,13 @@ def train_in_turns(job: Job) -> None:
     o, teacher, student = job.options, teacher_stage(job), student_stage(job)
     for part in range(1, o.rounds + 1):
         if o.teacher_checkpoint:
-            checkpoint = given_teacher(job)
+            source = given_teacher(job)
         else:
-            checkpoint = train_stage(job, teacher, without_teacher, stop_epoch=teacher.epochs * part // o.rounds)
+            best = train_stage(job, teacher, without_teacher, stop_epoch=teacher.epochs * part // o.rounds)
+            source = SavedTeacher((best,), o.teacher_tta == "flips")
         first, last = (student.epochs * n // o.rounds for n in (part - 1, part))
-        teach = partial(with_teacher, job, checkpoint, range(first, last))
-        train_stage(job, student, teach, stop_epoch=last, teacher=checkpoint)
+        teach = partial(with_teacher, job, source, range(first, last))
+        train_stage(job, student, teach, stop_epoch=last, teacher=source)
 
 
 def train_together(job: Job) -> None:
@@ -71,9 +72,9 @@ def train_together(job: Job) -> None:
     network, card, best = build(job, stage), model_card(job, stage), folder / "best.safetensors"
     with stage_tracker(job, stage.role, card, network, stage.epochs) as tracker:
         teach = partial(with_live_teacher, job, LiveTeacher(network, folder, card, tracker))
-        train_stage(job, student_stage(job), teach, teacher=best)
+        train_stage(job, student_stage(job), teach, teacher=SavedTeacher((best,)))
         tracker.artifact(best)
-        evaluate_on_test(job, stage.role, best, folder, tracker)
+        evaluate_on_test(job, stage.role, SavedTeacher((best,)), folder, tracker)
 
 
 def teacher_stage(job: Job) -> Stage:
@@ -101,22 +102,31 @@ def student_stage(job: Job) -> Stage:
     )
 
 
-def given_teacher(job: Job) -> Path:
+def name_of_teacher(options: DistillOptions) -> str:
+    """The teacher as tables name it."""
+    flips = options.teacher_tta == "flips"
+    if options.teacher_checkpoint:
+        return SavedTeacher(tuple(options.teacher_checkpoint), flips).card().network
+    return options.teacher + WITH_FLIPS * flips
+
+
+def given_teacher(job: Job) -> SavedTeacher:
     """The teacher from the command line, tested as a run of its own so that it can be compared."""
-    path, folder = job.options.teacher_checkpoint, job.folder / "teacher"
+    o, folder = job.options, job.folder / "teacher"
+    teacher = SavedTeacher(tuple(o.teacher_checkpoint), o.teacher_tta == "flips")
     if not is_done(job, folder):
-        network, card = load_network(path)
+        network, card = teacher.load()
         # It is tested on this job's data, as this job sees them.
         card = replace(card, dataset=job.options.dataset.stem, split=job.options.split, spec=job.spec)
         with stage_tracker(job, "teacher", card, network) as tracker:
-            evaluate_on_test(job, "teacher", path, folder, tracker)
-    return path
+            evaluate_on_test(job, "teacher", teacher, folder, tracker)
+    return teacher
 
 
-def with_teacher(job: Job, checkpoint: Path, epochs: range, student: nn.Module) -> Teaching:
-    """A student with the distiller between it and a teacher's checkpoint, and the source of its targets in `epochs`."""
+def with_teacher(job: Job, teacher: SavedTeacher, epochs: range, student: nn.Module) -> Teaching:
+    """A student with the distiller between it and a saved teacher, and the source of its targets in `epochs`."""
     o = job.options
-    targets, card = frozen_teacher(job, checkpoint, student.taps)
+    targets, card = frozen_teacher(job, teacher, student.taps)
     if o.cache != "off" and o.views >= 0:
         cache = matching_cache(job, targets, card)
         choose_cache(job, targets, cache, epochs)

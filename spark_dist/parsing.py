@@ -32,7 +32,8 @@ def parse(options: type[Options], argv: Sequence[str], program: str) -> Any:
     argv, recipes = without_recipes(with_values(argv, {f"--{f.name}" for f in fields(options) if f.type is bool}))
     if len(recipes) > 1:
         raise UserError(f"--config is given more than once ({', '.join(recipes)}); put all options into one recipe")
-    refuse_empty(argv, {f"--{f.name}" for f in fields(options) if Path in (f.type, *get_args(f.type))})
+    refuse_empty(argv, {f"--{f.name}" for f in fields(options) if kind(f.type).startswith("a path")})
+    argv = with_lists(argv, {f"--{f.name}" for f in fields(options) if takes_several(f.type)})
     parser = option_parser(options, program)
     try:
         # jsonargparse takes a recipe's text for its path, and checks both alike.
@@ -135,6 +136,8 @@ def kind(hint: Any) -> str:
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
     if get_origin(hint) is Literal:
         return " or ".join(map(str, parts))
+    if get_origin(hint) is list:
+        return f"{kind(parts[0])} or several"
     if get_origin(hint) is tuple:
         return f"[{', '.join(map(kind, parts))}]"
     if get_origin(hint) is dict:
@@ -150,6 +153,36 @@ def with_values(argv: Sequence[str], switches: set[str]) -> list[str]:
         if argument in switches and (position + 1 == len(argv) or argv[position + 1].startswith("--")):
             found.append("true")
     return found
+
+
+def with_lists(argv: Sequence[str], lists: set[str]) -> list[str]:
+    """Arguments in which the words behind an option that takes several are one list, as YAML has it."""
+    found: list[str | tuple[str, list[str]]] = []
+    values = None
+    for word in argv:
+        name, equals, first = word.partition("=")
+        if name in lists:
+            values = [first] if equals else []
+            found.append((name, values))
+        elif values is not None and not word.startswith("--"):
+            values.append(word)
+        else:
+            values = None
+            found.append(word)
+    return [word if isinstance(word, str) else as_list(*word) for word in found]
+
+
+def as_list(name: str, values: Sequence[str]) -> str:
+    """An option with a list of values; one that is a list in brackets stays as it is."""
+    if not values:
+        return name
+    given = values[0] if len(values) == 1 and values[0].startswith("[") else json.dumps(values, ensure_ascii=False)
+    return f"{name}={given}"
+
+
+def takes_several(hint: Any) -> bool:
+    """Whether an option takes a list of values."""
+    return list in (get_origin(hint), *map(get_origin, get_args(hint)))
 
 
 def refuse_empty(argv: Sequence[str], paths: set[str]) -> None:
@@ -189,11 +222,13 @@ def read_recipe(path: str, options: type[Options]) -> dict[str, Any]:
     for key in recipe:
         if key not in recipe_keys() | own.keys():
             raise UserError(f"{path}: {unknown_name('option', str(key), recipe_keys() | own.keys())}")
-    return {
-        key: SWITCHES[value] if isinstance(value, bool) and "off" in get_args(own[key].type) else value
-        for key, value in recipe.items()
-        if key in own and value not in (None, "")
-    }
+    known = {key: value for key, value in recipe.items() if key in own and value not in (None, "")}
+    for key, value in known.items():
+        if isinstance(value, bool) and "off" in get_args(own[key].type):
+            known[key] = SWITCHES[value]
+        elif takes_several(own[key].type) and not isinstance(value, list):
+            known[key] = [value]
+    return known
 
 
 def recipe_keys() -> set[str]:

@@ -10,7 +10,7 @@ from data_tools.errors import UserError, unknown_name
 from spark_dist.networks.base import Taps
 
 from .at import AT
-from .base import Distiller
+from .base import Distiller, PredictionDistiller
 from .crd import CRD
 from .cwd import CWD
 from .dist import DIST
@@ -31,7 +31,14 @@ from .spark import SPARK
 from .tfkd import TfKD
 from .vid import VID
 
-__all__ = ["DISTILLERS", "Distiller", "build_distiller", "distiller_settings"]
+__all__ = [
+    "DISTILLERS",
+    "Distiller",
+    "PredictionDistiller",
+    "build_distiller",
+    "distiller_settings",
+    "prediction_methods",
+]
 
 DISTILLERS = {
     "at": AT,
@@ -58,6 +65,11 @@ DISTILLERS = {
 
 STRUCTURAL = {"self", "student", "teacher", "samples"}
 """Constructor arguments that follow from the networks and the data, so that no recipe sets them."""
+
+
+def prediction_methods() -> list[str]:
+    """The methods that need nothing of the teacher but its prediction."""
+    return [name for name, method in DISTILLERS.items() if issubclass(method, PredictionDistiller)]
 
 
 def distiller_settings(name: str) -> dict[str, float]:

@@ -50,8 +50,8 @@ class Distiller(nn.Module):
 
 
 class PredictionDistiller(Distiller):
-    """A method that needs nothing of the teacher but its prediction: the differences of its logits, `margin`
-    (N, C − 1, H, W)."""
+    """A method that needs nothing of the teacher but its prediction: as a rule, the differences of its logits, `margin`
+    (N, C − 1, H, W). Of such teachers any number can be averaged."""
 
     def teacher_targets(self, teacher: NetworkOutput, mask: Tensor) -> dict[str, Tensor]:
         return {"margin": losses.margin(teacher.logits)}

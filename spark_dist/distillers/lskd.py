@@ -5,10 +5,10 @@ from torch import Tensor
 from spark_dist import losses
 from spark_dist.networks.base import NetworkOutput, Taps
 
-from .base import Distiller
+from .base import PredictionDistiller
 
 
-class LSKD(Distiller):
+class LSKD(PredictionDistiller):
     """Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024, arXiv 2403.01427.
 
     Here because at one temperature for both, the student is asked to match the range of a much larger teacher's

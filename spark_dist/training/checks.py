@@ -10,9 +10,10 @@ from spark_dist.config import DistillOptions, TrainingOptions, TrainOptions
 from spark_dist.data.identity import image_fingerprint
 from spark_dist.data.order import EpochSampler
 from spark_dist.data.slices import SliceTable
-from spark_dist.distillers import DISTILLERS, build_distiller
+from spark_dist.distillers import DISTILLERS, build_distiller, prediction_methods
 from spark_dist.networks import build_network
 from spark_dist.networks.checkpoint import load_card
+from spark_dist.teacher.saved import check_alike
 
 
 def check(options: TrainOptions | DistillOptions) -> None:
@@ -55,20 +56,25 @@ def check_teacher_cases(store: Store, options: DistillOptions) -> str:
 
     Raises `UserError` if it does, unless that is allowed.
     """
-    path = options.teacher_checkpoint
-    seen = load_card(path).trained_on
-    if seen is None:
-        return f"{path} does not say which cases it was trained on; if any are val or test cases, metrics are too good"
-    for part in ("val", "test"):
-        if known := [name for name in store.split(options.split, part) if image_fingerprint(store, name) in seen]:
-            what = f"{path} was trained on {len(known)} {part} cases of split '{options.split}' ({known[0]} …)"
-            if options.allow_teacher_overlap:
-                return f"{what}, as --allow-teacher-overlap allows; metrics say nothing of new cases"
-            raise UserError(
-                f"{what}, so that metrics would say nothing of new cases; take a teacher of this split, or give "
-                "--allow-teacher-overlap"
+    warnings = []
+    for path in options.teacher_checkpoint or ():
+        seen = load_card(path).trained_on
+        if seen is None:
+            warnings.append(
+                f"{path} does not say which cases it was trained on; if any are val or test cases, metrics are too good"
             )
-    return ""
+            continue
+        for part in ("val", "test"):
+            if known := [name for name in store.split(options.split, part) if image_fingerprint(store, name) in seen]:
+                what = f"{path} was trained on {len(known)} {part} cases of split '{options.split}' ({known[0]} …)"
+                if not options.allow_teacher_overlap:
+                    raise UserError(
+                        f"{what}, so that metrics would say nothing of new cases; take a teacher of this split, or "
+                        "give --allow-teacher-overlap"
+                    )
+                warnings.append(f"{what}, as --allow-teacher-overlap allows; metrics say nothing of new cases")
+                break
+    return next(iter(warnings), "")
 
 
 def check_shares(options: TrainingOptions, table: SliceTable, processes: int) -> None:
@@ -105,6 +111,10 @@ def check_together(options: DistillOptions) -> None:
             "--together live trains both networks at every step; leave out --rounds, and set --teacher-epochs 0 if a "
             "recipe sets it"
         )
+    if options.together == "live" and options.teacher_tta != "none":
+        raise UserError(
+            "--teacher-tta is of a teacher that is trained already; leave out --together live, or --teacher-tta"
+        )
     if options.together == "live" and options.unlabelled_share:
         raise UserError(
             "--unlabelled-share takes the prediction of a teacher that is trained already; leave out --together live"
@@ -138,20 +148,32 @@ def check_pair(options: DistillOptions) -> None:
 
 
 def check_given_teacher(options: DistillOptions) -> None:
-    """Raises `UserError` for a checkpoint of another network than the options say."""
-    path = options.teacher_checkpoint
-    card = load_card(path)
+    """Raises `UserError` for a checkpoint of another network than the options say; for several that do not fit each other,
+    the crop or the method."""
+    first, *others = options.teacher_checkpoint
+    card = load_card(first)
     if options.teacher != card.network:
         raise UserError(
-            f"{path}: holds a {card.network} for task {card.spec.task}, but --teacher says {options.teacher}"
+            f"{first}: holds a {card.network} for task {card.spec.task}, but --teacher says {options.teacher}"
         )
     if options.context != card.spec.context:
-        raise UserError(f"{path}: was trained with --context {card.spec.context}; give its student the same one")
+        raise UserError(f"{first}: was trained with --context {card.spec.context}; give its student the same one")
+    if not others:
+        return
+    if options.method not in prediction_methods():
+        raise UserError(
+            f"method {options.method} learns from a teacher's features, and several checkpoints have only their "
+            f"prediction in common; give --teacher-checkpoint one, or take one of {', '.join(prediction_methods())}"
+        )
+    check_alike(options.teacher_checkpoint)
+    for path in others:
+        card = load_card(path)
+        check_network(options, card.network, card.width)
 
 
 def check_teacher_task(store: Store, options: DistillOptions) -> None:
     """Raises `UserError` for a checkpoint of another task than the options say."""
-    path = options.teacher_checkpoint
+    path = options.teacher_checkpoint[0]
     card, wanted = load_card(path), tuple(store.task(options.task).regions)
     if card.spec.regions != wanted:
         raise UserError(

@@ -18,8 +18,9 @@ from spark_dist.data.transformations import GEOMETRIC, INTENSITY
 from spark_dist.distillers import build_distiller
 from spark_dist.distillers.base import Distiller
 from spark_dist.networks.base import Taps
-from spark_dist.networks.checkpoint import ModelCard, load_network
+from spark_dist.networks.checkpoint import ModelCard
 from spark_dist.teacher.fingerprint import open_cache, probe_targets, weights_hash
+from spark_dist.teacher.saved import SavedTeacher
 from spark_dist.teacher.targets import TeacherTargets
 from spark_dist.teacher.trial import try_cache
 
@@ -32,9 +33,9 @@ def distiller_between(job: Job, student: Taps, teacher: Taps) -> Distiller:
     return build_distiller(o.method, student=student, teacher=teacher, samples=len(job.transfer_table), **o.weights)
 
 
-def frozen_teacher(job: Job, checkpoint: Path, student: Taps) -> tuple[TeacherTargets, ModelCard]:
+def frozen_teacher(job: Job, saved: SavedTeacher, student: Taps) -> tuple[TeacherTargets, ModelCard]:
     """A saved teacher's targets for a student with these taps, without a cache, and the teacher's card."""
-    teacher, card = load_network(checkpoint)
+    teacher, card = saved.load()
     distiller = distiller_between(job, student, teacher.taps)
     predicts, device = job.transfer_table.unlabelled > 0, job.accelerator.device
     return TeacherTargets(teacher.to(device), distiller, None, job.accelerator.autocast, predicts), card

@@ -22,8 +22,8 @@ from spark_dist.data.coverage import coverage_line, unseen_target
 from spark_dist.data.identity import fold_of, split_fingerprints
 from spark_dist.data.slices import SliceTable, slice_table, with_unlabelled
 from spark_dist.data.views import SliceSpec
-from spark_dist.networks.checkpoint import load_network
 from spark_dist.teacher.fingerprint import weights_hash
+from spark_dist.teacher.saved import SavedTeacher
 
 from .checks import (
     check_crop,
@@ -122,7 +122,11 @@ def open_job(options: TrainingOptions, tags: Mapping[str, Any]) -> Iterator[Job]
             check_folder(options.folder)
             options.folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(options.folder))
-            claim(options.folder, options, data | {"teacher": teacher and weights_hash(load_network(teacher)[0])})
+            claim(
+                options.folder,
+                options,
+                data | {"teacher": teacher and weights_hash(SavedTeacher(tuple(teacher)).load()[0])},
+            )
 
         by_main(accelerator, enter)
         about = RunFacts(options.folder.name, options.folder, facts, plain(options))

@@ -24,9 +24,10 @@ from spark_dist.data.slices import slice_table
 from spark_dist.distillers import distiller_settings
 from spark_dist.distillers.plain import Plain
 from spark_dist.networks import build_network
-from spark_dist.networks.checkpoint import ModelCard, load_card
+from spark_dist.networks.checkpoint import ModelCard
 from spark_dist.networks.cost import gflops_of
 from spark_dist.networks.resnet import load_pretrained
+from spark_dist.teacher.saved import SavedTeacher
 from spark_dist.teacher.targets import TeacherTargets
 
 from .checkpoint import epochs_done
@@ -64,12 +65,12 @@ def train_stage(
     stage: Stage,
     teach: Callable[[nn.Module], Teaching],
     stop_epoch: int | None = None,
-    teacher: Path | None = None,
+    teacher: SavedTeacher | None = None,
 ) -> Path:
     """Train a network, test the epoch that was best on val, and return its checkpoint.
 
     `teach` puts the network together with what it learns from. With `stop_epoch`, only so many of the epochs: the last
-    call tests. Its picture shows the predictions of the checkpoint `teacher` too. A stage that is done already is left
+    call tests. Its picture shows the predictions of the `teacher` too. A stage that is done already is left
     as it is.
     """
     options, accelerator, folder = job.options, job.accelerator, job.folder / stage.role
@@ -93,7 +94,7 @@ def train_stage(
             tracker.metrics(metrics, step=stop_epoch * loader.batch_sampler.steps)
         if stop_epoch == stage.epochs:
             tracker.artifact(best)
-            evaluate_on_test(job, stage.role, best, folder, tracker, teacher)
+            evaluate_on_test(job, stage.role, SavedTeacher((best,)), folder, tracker, teacher)
     return best
 
 
@@ -164,7 +165,7 @@ def stage_tracker(
     about = RunFacts(name, job.folder / role, tags, params)
     with tracked(job.accelerator, job.options, about, job.tracker) as tracker:
         tracker.metrics({"parameters": tags["parameters"]}, step=0)
-        with suppress(RuntimeError, NotImplementedError):  # what can't be counted on torch's meta device
+        with suppress(RuntimeError, NotImplementedError, UserError):  # not on torch's meta device, or of several networks
             rows_columns = card.spec.crop.size
             tracker.metrics({"gflops": gflops_of(card.network, card.width, rows_columns)}, step=0)
         yield tracker
@@ -242,7 +243,7 @@ def trained_on(job: Job) -> tuple[str, ...] | None:
         names += job.store.split(options.split, "unlabelled")
     found = {image_fingerprint(job.store, name) for name in names}
     if teacher := getattr(options, "teacher_checkpoint", None):
-        if (before := load_card(teacher).trained_on) is None:
+        if (before := SavedTeacher(tuple(teacher)).card().trained_on) is None:
             return None
         found |= set(before)
     return tuple(sorted(found))

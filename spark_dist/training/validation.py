@@ -14,7 +14,8 @@ from data_tools.files import write_text
 from spark_dist.evaluation.cases import evaluate_cases, format_summaries, summaries
 from spark_dist.evaluation.figures import draw_predictions
 from spark_dist.evaluation.metrics import read_cases, write_cases
-from spark_dist.networks.checkpoint import ModelCard, load_network
+from spark_dist.networks.checkpoint import ModelCard
+from spark_dist.teacher.saved import SavedTeacher
 
 from .distributed import by_main
 from .job import Job
@@ -39,14 +40,14 @@ def validation(job: Job) -> Validate:
 
 
 def evaluate_on_test(
-    job: Job, role: str, checkpoint: Path, folder: Path, tracker: Tracker, teacher: Path | None = None
+    job: Job, role: str, saved: SavedTeacher, folder: Path, tracker: Tracker, teacher: SavedTeacher | None = None
 ) -> None:
-    """Metrics of a checkpoint on the test cases, and a picture (beside the teacher's), into `folder` and the run.
+    """Metrics of a saved network on the test cases, and a picture (beside the teacher's), into `folder` and the run.
 
     What is in the folder already, from before a kill, is only logged again.
     """
     spec, device = job.spec, job.accelerator.device
-    network, card = load_network(checkpoint)
+    network, card = saved.load()
     network = network.to(device)
     cases = job.store.split(job.options.split, "test")
     file, picture = folder / "test_cases.json", folder / "predictions.png"
@@ -61,7 +62,7 @@ def evaluate_on_test(
     if job.accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         if not before or not picture.exists():
-            networks = {"teacher": load_network(teacher)[0].to(device)} if teacher else {}
+            networks = {"teacher": teacher.load()[0].to(device)} if teacher else {}
             draw_predictions(job.store, cases, spec, networks | {role: network}, picture)
             write_cases(file, metrics, task=spec.task, split="test", threshold=spec.threshold)
         tracker.artifact(picture)

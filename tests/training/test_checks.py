@@ -93,7 +93,7 @@ def teacher(tiny_store, tmp_path, monkeypatch):
     def options(*cases, known=True, **more):
         seen = tuple(image_fingerprint(store, name) for name in cases) if known else None
         save_network(tmp_path / "teacher.safetensors", build_network("enet", width=0.25), model_card(trained_on=seen))
-        return {"dataset": tiny_store, "task": "organ", "teacher_checkpoint": tmp_path / "teacher.safetensors"} | more
+        return {"dataset": tiny_store, "task": "organ", "teacher_checkpoint": [tmp_path / "teacher.safetensors"]} | more
 
     return options
 
