@@ -15,6 +15,7 @@ from .commands import (
     run_preview,
     run_split,
     run_stats,
+    run_predictions,
     run_verify,
 )
 from .errors import INTERRUPTED, UserError, one_line, say_error
@@ -28,6 +29,7 @@ from .options import (
     parse_spacing,
     parse_window,
     place,
+    prediction_name,
     share_of_cases,
     split_name,
     store_place,
@@ -158,6 +160,27 @@ def parser() -> argparse.ArgumentParser:
     # Values that begin with a minus, as argparse knows them: so that `--window -200,300` can be written.
     prepare._negative_number_matcher = re.compile(r"-[\d.]+(,-?[\d.]+)?$")
     prepare.set_defaults(run=run_prepare)
+
+    predictions = commands.add_parser(
+        "predictions", help="a foreign model's predictions for the cases of a store, for a student to learn from"
+    )
+    predictions.add_argument("store", type=store_place, help="slice store")
+    predictions.add_argument(
+        "folder",
+        type=place,
+        help="CASE.nii.gz or CASE.nii (label maps), or CASE.npz (nnU-Net's softmax, which counts where there are both)",
+    )
+    predictions.add_argument("--name", type=prediction_name, required=True, help="what they are called in the store")
+    predictions.add_argument(
+        "--labels",
+        type=parse_labels,
+        help="which of their values (of an .npz: classes) are the store's labels, like organ=2+3,tumour=5; default: "
+        "those that the store was made with",
+    )
+    predictions.add_argument("--other", choices=["background"], help="take undeclared values as background")
+    predictions.add_argument("--only", help="these cases alone, as for prepare")
+    predictions.add_argument("--replace", action="store_true", help="replace predictions that were made of other files")
+    predictions.set_defaults(run=run_predictions)
 
     verify = commands.add_parser("verify", help="whether every byte of a store is as it was written")
     verify.add_argument("store", type=store_place, help="slice store")

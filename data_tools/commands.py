@@ -70,6 +70,18 @@ def run_prepare(options: Namespace) -> int:
     return 1 if prepare(sources, settings, workers) else 0
 
 
+def run_predictions(options: argparse.Namespace) -> int:
+    from .predictions import Foreign, prepare_predictions
+    from .store import open_store
+
+    store = open_store(options.store)
+    if not options.folder.is_dir():
+        raise UserError(f"{options.folder}: no such folder")
+    labels = options.labels or store.attributes["labels"]
+    foreign = Foreign(options.folder, options.name, labels, options.other == "background")
+    return 1 if prepare_predictions(store, foreign, options.only, options.replace) else 0
+
+
 def run_verify(options: Namespace) -> int:
     """Verify a store, and repair it if told."""
     from .verify import Repair, verify

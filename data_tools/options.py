@@ -164,6 +164,12 @@ def share_of_cases(text: str) -> float:
     return share
 
 
+def prediction_name(text: str) -> str:
+    """A type of option: what can be the name of predictions."""
+    check_name("prediction", text)
+    return text
+
+
 def split_name(text: str) -> str:
     """A type of option: what can be the name of a split."""
     check_name("split", text)

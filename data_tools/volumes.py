@@ -73,9 +73,10 @@ def on_grid(array: np.ndarray, shape: Sequence[int], affine: np.ndarray, nearest
     return apply_orientation(resized(array, plane, nearest), ornt_transform(stored, orientation))
 
 
-def check_same_grid(image: Header, label: Header) -> None:
-    """Raise `UserError` unless both volumes, axes turned, have one shape and lie in one place."""
-    names = f"{image.path} and {label.path.name}"
+def check_same_grid(image: Header, label: Header, names: str = "") -> None:
+    """Raise `UserError` unless both volumes, axes turned, have one shape and lie in one place. `names` are both files
+    in the error, if not as usual."""
+    names = names or f"{image.path} and {label.path.name}"
     if image.stored_shape != label.stored_shape:
         raise UserError(
             f"{names}: image of {list(image.shape)} and label of {list(label.shape)} voxels differ in shape; "

@@ -259,6 +259,12 @@ class DistillationOptions(Options):
     probabilities are the mean of theirs, for methods that need no more of it."""
     teacher_tta: Literal["none", "flips"] = "none"
     """Test-time augmentation of the teacher: its probabilities are the mean over the four flips of a slice."""
+    teacher_predictions: str = ""
+    """Name of predictions by a foreign model that lie in the store (spark-data predictions), in place of a teacher's
+    network; for methods that need no more of it."""
+    hard_labels: bool = False
+    """The student learns from the classes that the teacher predicts (pseudo-labels), in place of their
+    probabilities."""
     allow_teacher_overlap: bool = False
     """Take a --teacher-checkpoint that was trained on val or test cases of the split, so that metrics say nothing of
     new cases."""
@@ -314,4 +320,5 @@ class DistillOptions(DistillationOptions, TeacherCacheOptions, TrainingOptions):
 
     @property
     def folder(self) -> Path:
-        return self.out or self.default_folder(f"{self.teacher}-{self.student}-{self.method}-seed{self.seed}")
+        teacher = self.teacher_predictions or self.teacher
+        return self.out or self.default_folder(f"{teacher}-{self.student}-{self.method}-seed{self.seed}")

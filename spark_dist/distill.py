@@ -19,6 +19,7 @@ from spark_dist.training.distillation import Distillation, distillation_factor
 from spark_dist.training.frozen_teacher import (
     choose_cache,
     distiller_between,
+    foreign_teacher,
     frozen_teacher,
     matching_cache,
     only_generation,
@@ -52,6 +53,9 @@ def train_in_turns(job: Job) -> None:
     Several rounds are route-constrained distillation (Jin et al., ICCV 2019, arXiv 1904.09149).
     """
     o, teacher, student = job.options, teacher_stage(job), student_stage(job)
+    if o.teacher_predictions:
+        train_stage(job, student, partial(with_predictions, job))
+        return
     for part in range(1, o.rounds + 1):
         if o.teacher_checkpoint:
             source = given_teacher(job)
@@ -105,6 +109,8 @@ def student_stage(job: Job) -> Stage:
 def name_of_teacher(options: DistillOptions) -> str:
     """The teacher as tables name it."""
     flips = options.teacher_tta == "flips"
+    if options.teacher_predictions:
+        return options.teacher_predictions
     if options.teacher_checkpoint:
         return SavedTeacher(tuple(options.teacher_checkpoint), flips).card().network
     return options.teacher + WITH_FLIPS * flips
@@ -134,6 +140,12 @@ def with_teacher(job: Job, teacher: SavedTeacher, epochs: range, student: nn.Mod
         if o.rounds > 1:
             only_generation(job, cache.folder)
     return Teaching(Distillation(student, targets.distiller, schedule=schedule_of(o)), targets)
+
+
+def with_predictions(job: Job, student: nn.Module) -> Teaching:
+    """A student with the distiller between it and a foreign teacher's predictions."""
+    targets = foreign_teacher(job, student.taps)
+    return Teaching(Distillation(student, targets.distiller), targets)
 
 
 def with_live_teacher(job: Job, teacher: LiveTeacher, student: nn.Module) -> Teaching:

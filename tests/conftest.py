@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from data_tools.creation import create_store
 from data_tools.store import write_case, write_split
@@ -129,6 +131,23 @@ def model_card(**facts) -> ModelCard:
     usual = {"network": "enet", "width": 0.25, "seed": 0, "dataset": "tiny", "split": "default"}
     usual |= {"spec": SliceSpec("organ", Crop((32, 32)))}
     return ModelCard(**usual | facts)
+
+
+def undecided(network: nn.Module) -> nn.Module:
+    """A network of random weights whose last layer is shifted and scaled so that it predicts half of what looks like a
+    slice of these stores as the target, and is neither sure nor unsure."""
+    rows, columns = torch.meshgrid(torch.arange(48.0), torch.arange(48.0), indexing="ij")
+    inside = (rows - 22).hypot(columns - 24) < 9
+    with torch.no_grad():
+        logits = network.eval()(torch.where(inside, 0.3, -0.3) + 0.16 * torch.randn(4, 1, 48, 48)).logits
+        margin = logits[:, 1] - logits[:, 0]
+        weight, bias = list(network.parameters())[-2:]
+        assert len(weight) == len(bias) == 2
+        scale = 2 / margin.std()
+        weight *= scale
+        bias *= scale
+        bias[1] -= margin.median() * scale
+    return network
 
 
 def free_port() -> int:

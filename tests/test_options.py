@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -138,6 +139,8 @@ def test_a_second_recipe_is_an_error_that_names_both(tmp_path, monkeypatch, caps
         ("epochs:", "epochs", 90),
         ("out: runs/a", "out", parsed("train", "--out", "runs/a").out),
         ("weights: {gain: 3}", "weights", {"gain": 3.0}),
+        ("teacher_checkpoint: a", "teacher_checkpoint", [Path("a")]),
+        ("teacher_checkpoint: [a, b]", "teacher_checkpoint", [Path("a"), Path("b")]),
     ],
 )
 def test_recipes(tmp_path, line, name, value):
@@ -170,6 +173,20 @@ def test_mistakes_in_a_recipe_are_one_line(tmp_path, monkeypatch, capsys, line, 
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (("--teacher-checkpoint", "a"), ["a"]),
+        (("--teacher-checkpoint", "a b", "é.safetensors", "--epochs", "3"), ["a b", "é.safetensors"]),
+        (("--teacher-checkpoint=a", "--epochs=3"), ["a"]),
+        (("--teacher-checkpoint=a", "b"), ["a", "b"]),
+        (("--teacher-checkpoint", "[a, b]"), ["a", "b"]),
+    ],
+)
+def test_an_option_may_take_several_paths(words, value):
+    assert parsed("distill", *words).teacher_checkpoint == [Path(path) for path in value]
 
 
 TERMS = {

@@ -76,32 +76,41 @@ class Views:
         `target` (H, W) bool is what crops from anywhere lie around. The image is in the store's intensities, or for
         `full` float32 with 0 and 1 in the place of `window`'s ends.
         """
-        orientation = self.orientations[number % len(self.orientations)]
-        if not self.drawn:
-            return oriented(self.crop, orientation, image, label, window)
-        geometric, intensity, drawn = uniforms(self.seed, 3, row, number)
-        crop = self.crop
-        if self.anywhere:
-            crop = replace(crop, shift=shift_to(crop, label.shape, target, drawn[1:]))
-        if self.augment != "full":
-            return oriented(crop, orientation, image, label, window)
-        orientation = self.orientations[int(drawn[0] * len(self.orientations))]
-        matrix = (
-            crop.centre_of(label.shape)
-            @ affine(crop.size, geometric)
-            @ orientation_matrix(orientation)
-            @ crop.centred()
-        )
+        crop, orientation, matrix, intensity = self.place(row, number, label.shape, target)
+        if matrix is None:
+            fill = np.floor(window[0])
+            planes = [orient(crop.of(plane, fill), orientation) for plane in image]
+            return planes, orient(crop.of(label, 0), orientation)
         planes = [warp(in_window(plane, window), matrix, crop.size, 0, nearest=False) for plane in image]
         return changed(np.stack(planes), intensity), warp(label, matrix, crop.size, 0, nearest=True)
 
+    def of_planes(
+        self, row: int, number: int, planes: Sequence[np.ndarray], target: np.ndarray, nearest: bool
+    ) -> list[np.ndarray]:
+        """Further planes (H, W) of a slice where `of` shows its image, 0 beyond them; interpolated linearly unless
+        `nearest`."""
+        crop, orientation, matrix, _ = self.place(row, number, planes[0].shape, target)
+        if matrix is None:
+            return [orient(crop.of(plane, 0), orientation) for plane in planes]
+        return [warp(plane, matrix, crop.size, 0, nearest) for plane in planes]
 
-def oriented(
-    crop: Crop, orientation: int, image: Sequence[np.ndarray], label: np.ndarray, window: Sequence[float]
-) -> tuple[Sequence[np.ndarray], np.ndarray]:
-    """A crop of a slice's channels and label (H, W) each, in one of the eight orientations."""
-    fill = np.floor(window[0])
-    return [orient(crop.of(plane, fill), orientation) for plane in image], orient(crop.of(label, 0), orientation)
+    def place(
+        self, row: int, number: int, plane: tuple[int, int], target: np.ndarray
+    ) -> tuple[Crop, int, np.ndarray | None, np.ndarray]:
+        """Where a view lies in a slice of size `plane`: crop, orientation, for `full` the map (3×3) from the crop to
+        the slice that has both in it, and the numbers of the intensity transformations."""
+        if not self.drawn:
+            return self.crop, self.orientations[number % len(self.orientations)], None, np.zeros(0)
+        geometric, intensity, drawn = uniforms(self.seed, 3, row, number)
+        full = self.augment == "full"
+        orientation = self.orientations[
+            int(drawn[0] * len(self.orientations)) if full else number % len(self.orientations)
+        ]
+        crop = replace(self.crop, shift=shift_to(self.crop, plane, target, drawn[1:])) if self.anywhere else self.crop
+        if not full:
+            return crop, orientation, None, intensity
+        matrix = crop.centre_of(plane) @ affine(crop.size, geometric) @ orientation_matrix(orientation) @ crop.centred()
+        return crop, orientation, matrix, intensity
 
 
 def shift_to(crop: Crop, plane: tuple[int, int], target: np.ndarray, u: Uniforms) -> tuple[int, int]:

@@ -9,9 +9,13 @@ from torch import Tensor, nn
 from spark_dist.data.batches import Batch
 from spark_dist.data.cache import TeacherCache
 from spark_dist.data.number_formats import PREDICTION, decode
+from spark_dist.data.predictions import StoredPredictions
 from spark_dist.data.views import orient_batch, upright_batch
 from spark_dist.distillers.base import Distiller
 from spark_dist.networks.base import NetworkOutput
+
+LEAST = 1e-4
+"""The least probability of a class in a foreign prediction; what float16 tells from 0 beside 1 is not much less."""
 
 
 class TeacherTargets:
@@ -27,14 +31,22 @@ class TeacherTargets:
         cache: TeacherCache | None,
         autocast: Callable,
         predicts: bool = False,
+        hard: bool = False,
     ):
-        """With `predicts`, the teacher's prediction is among the targets: it is the mask of slices that have none."""
+        """With `predicts`, the teacher's prediction is among the targets: it is the mask of slices that have none. With
+        `hard`, the method learns from the predicted classes in place of the probabilities."""
         self.predicts = predicts
+        self.hard = hard
         self.teacher = teacher and teacher.eval().requires_grad_(False)
         self.distiller = distiller
         self.cache = cache
         self.autocast = autocast
         self.forwards = self.hits = self.damaged = 0
+
+    @property
+    def taught(self) -> bool:
+        """Whether there are any targets."""
+        return self.teacher is not None
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -73,6 +85,8 @@ class TeacherTargets:
         forward pass."""
         with self.autocast():
             output = NetworkOutput(*(t.float() for t in self.teacher(image)))
+        if self.hard:
+            output = output._replace(logits=hard_logits(output.logits.argmax(dim=1), mask.shape[1]))
         if not self.predicts:
             return self.distiller.teacher_targets(output, mask)
         prediction = output.logits.argmax(dim=1)
@@ -84,6 +98,47 @@ class TeacherTargets:
         """Write what was computed, so that it can be read."""
         if self.cache is not None:
             self.cache.flush()
+
+
+class ForeignTargets:
+    """The targets of a foreign teacher's predictions, which lie in the store and are read with each batch."""
+
+    taught = True
+    forwards = damaged = 0
+
+    def __init__(self, distiller: Distiller, predictions: StoredPredictions, hard: bool):
+        """With `hard`, the method learns from the predicted classes in place of the probabilities."""
+        self.distiller, self.cache, self.hard = distiller, predictions, hard
+        self.hits = 0
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """As of `TeacherTargets`."""
+        self.hits += len(batch.keys)
+        ((name, predicted),) = decode(batch.targets).items()
+        if name == PREDICTION:
+            logits = hard_logits(predicted.long(), batch.mask.shape[1])
+        else:
+            logits = logits_of_probabilities(torch.cat([1 - predicted.sum(dim=1, keepdim=True), predicted], dim=1))
+        classes = logits.argmax(dim=1)
+        if self.hard:
+            logits = hard_logits(classes, batch.mask.shape[1])
+        mask = batch.mask if batch.known is None else completed(batch.mask, batch.known, classes)
+        # Methods that learn from predictions look at nothing else.
+        return mask, self.distiller.teacher_targets(NetworkOutput(logits, logits, logits), mask)
+
+    def flush(self) -> None:
+        """There is nothing to write."""
+
+
+def hard_logits(classes: Tensor, count: int) -> Tensor:
+    """Logits (N, C, H, W) of classes (N, H, W) that are beyond doubt."""
+    return logits_of_probabilities(F.one_hot(classes, count).movedim(-1, 1).float())
+
+
+def logits_of_probabilities(probabilities: Tensor) -> Tensor:
+    """Logits (N, C, H, W) of probabilities, of which none counts as less than `LEAST`."""
+    return probabilities.clamp(min=LEAST).log()
 
 
 def completed(mask: Tensor, known: Tensor, prediction: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def try_cache(targets: TeacherTargets, cache: TeacherCache, batch: Batch) -> Tri
     aside = cache.folder / f"trial-{uuid.uuid4().hex[:8]}.tmp"
     trial = TeacherCache(aside, cache.layout, cache.memory)
     exact = targets.compute(batch.image, batch.mask, batch.known)
-    again = TeacherTargets(targets.teacher, targets.distiller, trial, targets.autocast, targets.predicts)
+    again = TeacherTargets(targets.teacher, targets.distiller, trial, targets.autocast, targets.predicts, targets.hard)
     given = again.targets(batch)
     exact = {name: x.float() for name, x in exact.items()}
     error = {name: float((given[name] - x).norm() / x.norm().clamp(min=1e-12)) for name, x in exact.items()}

@@ -4,11 +4,14 @@ import torch
 from torch import nn
 
 from data_tools.errors import UserError
+from data_tools.ownership import fingerprint
+from data_tools.predictions import prediction_facts
 from data_tools.split import PARTS
 from data_tools.store import Store
 from spark_dist.config import DistillOptions, TrainingOptions, TrainOptions
 from spark_dist.data.identity import image_fingerprint
 from spark_dist.data.order import EpochSampler
+from spark_dist.data.predictions import kind_of_predictions
 from spark_dist.data.slices import SliceTable
 from spark_dist.distillers import DISTILLERS, build_distiller, prediction_methods
 from spark_dist.networks import build_network
@@ -23,6 +26,14 @@ def check(options: TrainOptions | DistillOptions) -> None:
         return
     check_together(options)
     check_cache(options)
+    if options.hard_labels and options.method not in prediction_methods():
+        raise UserError(
+            f"--hard-labels: method {options.method} learns from a teacher's features too; take one of "
+            f"{', '.join(prediction_methods())}"
+        )
+    if options.teacher_predictions:
+        check_foreign_teacher(options)
+        return
     check_pair(options)
     if options.teacher_checkpoint:
         check_given_teacher(options)
@@ -148,8 +159,8 @@ def check_pair(options: DistillOptions) -> None:
 
 
 def check_given_teacher(options: DistillOptions) -> None:
-    """Raises `UserError` for a checkpoint of another network than the options say; for several that do not fit each other,
-    the crop or the method."""
+    """Raises `UserError` for a checkpoint of another network than the options say; for several that do not fit each
+    other, the crop or the method."""
     first, *others = options.teacher_checkpoint
     card = load_card(first)
     if options.teacher != card.network:
@@ -169,6 +180,47 @@ def check_given_teacher(options: DistillOptions) -> None:
     for path in others:
         card = load_card(path)
         check_network(options, card.network, card.width)
+
+
+def check_foreign_teacher(options: DistillOptions) -> None:
+    """Raises `UserError` for options that a teacher without a network can't follow."""
+    student = check_network(options, options.student, options.student_width)
+    if options.method not in FOREIGN_METHODS:
+        raise UserError(
+            f"method {options.method} needs more of a teacher than --teacher-predictions; take one of "
+            f"{', '.join(FOREIGN_METHODS)}"
+        )
+    with torch.device("meta"):
+        build_distiller(options.method, student=student.taps, teacher=student.taps, **options.weights)
+    if options.cache in ("on", "canonical"):
+        raise UserError("--teacher-predictions lie in the store, and no cache is needed; leave out --cache")
+    others = {
+        "--teacher-checkpoint": options.teacher_checkpoint,
+        "--teacher-tta": options.teacher_tta != "none",
+        "--rounds": options.rounds > 1,
+        "--together": options.together == "live",
+    }
+    if given := [name for name, there in others.items() if there]:
+        raise UserError(f"--teacher-predictions takes the place of a teacher's network; leave out {given[0]}")
+
+
+def check_predictions(table: SliceTable, name: str) -> tuple[dict[str, str], str]:
+    """Hashes of a foreign teacher's predictions for the cases of a table, and a warning.
+
+    Raises `UserError` if a case lacks its own, or they are not of one kind.
+    """
+    kind_of_predictions(table.store, name, table.cases)
+    warning = (
+        f"predictions '{name}' do not say which cases their model was trained on; if any are val or test cases, "
+        "metrics are too good"
+    )
+    return {
+        case: fingerprint(facts) for case, facts in prediction_facts(table.store, name, table.cases).items()
+    }, warning
+
+
+FOREIGN_METHODS = [name for name in prediction_methods() if name != "tfkd"]
+"""Methods that learn from predictions alone, whoever made them."""
 
 
 def check_teacher_task(store: Store, options: DistillOptions) -> None:

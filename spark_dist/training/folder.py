@@ -75,7 +75,8 @@ def made_before(folder: Path) -> bool:
 def claim(folder: Path, options: TrainingOptions, data: Mapping[str, Any]) -> None:
     """Begin a job in a checked folder that nobody else works in, or find that it holds this very job, which goes on.
 
-    `data` are the hashes that the job's results follow from: those of a split's cases by part and name, and `teacher`.
+    `data` are the hashes that the job's results follow from: those of a split's cases by part and name, and `teacher`;
+    with a foreign teacher, `predicted` are those of its predictions by case.
     Raises `UserError`, and changes nothing, if the folder holds a job with other options or data.
     """
     wanted = {key: value for key, value in plain(options).items() if key not in MAY_DIFFER}

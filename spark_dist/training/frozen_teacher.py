@@ -15,13 +15,14 @@ from spark_dist.data.batches import SliceDataset, to_device
 from spark_dist.data.cache import CacheLayout, TeacherCache
 from spark_dist.data.number_formats import PREDICTION, entry_bytes
 from spark_dist.data.transformations import GEOMETRIC, INTENSITY
+from spark_dist.data.predictions import StoredPredictions
 from spark_dist.distillers import build_distiller
 from spark_dist.distillers.base import Distiller
 from spark_dist.networks.base import Taps
 from spark_dist.networks.checkpoint import ModelCard
 from spark_dist.teacher.fingerprint import open_cache, probe_targets, weights_hash
 from spark_dist.teacher.saved import SavedTeacher
-from spark_dist.teacher.targets import TeacherTargets
+from spark_dist.teacher.targets import ForeignTargets, TeacherTargets
 from spark_dist.teacher.trial import try_cache
 
 from .job import Job
@@ -38,7 +39,15 @@ def frozen_teacher(job: Job, saved: SavedTeacher, student: Taps) -> tuple[Teache
     teacher, card = saved.load()
     distiller = distiller_between(job, student, teacher.taps)
     predicts, device = job.transfer_table.unlabelled > 0, job.accelerator.device
-    return TeacherTargets(teacher.to(device), distiller, None, job.accelerator.autocast, predicts), card
+    hard = job.options.hard_labels
+    return TeacherTargets(teacher.to(device), distiller, None, job.accelerator.autocast, predicts, hard), card
+
+
+def foreign_teacher(job: Job, student: Taps) -> ForeignTargets:
+    """The targets of `--teacher-predictions` for a student with these taps."""
+    o, table = job.options, job.transfer_table
+    predictions = StoredPredictions(table, o.teacher_predictions, job.store.task(job.spec.task), o.slice_views)
+    return ForeignTargets(distiller_between(job, student, student), predictions, o.hard_labels)
 
 
 def only_generation(job: Job, folder: Path) -> None:
@@ -89,6 +98,8 @@ def matching_cache(job: Job, targets: TeacherTargets, card: ModelCard) -> Teache
         "dtype": o.cache_dtype,
         "mixed_precision": job.accelerator.mixed_precision,
     }
+    if o.hard_labels:
+        description["hard_labels"] = True
     size, canonical = len(table) * views.count, o.cache == "canonical"
     layout = CacheLayout(size, shapes, o.cache_dtype, canonical, views.count, views.orientations)
     cache = open_cache(o.cache_folder, description, layout, o.cache_memory * 2**20)

@@ -27,6 +27,7 @@ from spark_dist.teacher.saved import SavedTeacher
 
 from .checks import (
     check_crop,
+    check_predictions,
     check_rounds,
     check_shares,
     check_teacher_cases,
@@ -101,10 +102,14 @@ def open_job(options: TrainingOptions, tags: Mapping[str, Any]) -> Iterator[Job]
     check_crop(store, options)
     if isinstance(options, DistillOptions):
         check_rounds(options.rounds, options.epochs_of(transfer), options.teacher_epochs_of(table))
-    teacher = getattr(options, "teacher_checkpoint", None)
-    if teacher:
+    taught, warning = {"teacher": None}, ""
+    if isinstance(options, DistillOptions) and options.teacher_checkpoint:
         check_teacher_task(store, options)
-    warning = check_teacher_cases(store, options) if teacher else ""
+        warning = check_teacher_cases(store, options)
+        taught = {"teacher": weights_hash(SavedTeacher(tuple(options.teacher_checkpoint)).load()[0])}
+    elif isinstance(options, DistillOptions) and options.teacher_predictions:
+        predicted, warning = check_predictions(transfer, options.teacher_predictions)
+        taught |= {"predicted": predicted}
     listen_for_stop()
     accelerator = make_accelerator(options.accumulate, options.clip, options.timeout_minutes)
     if options.sync_batchnorm and accelerator.device.type != "cuda":
@@ -122,11 +127,7 @@ def open_job(options: TrainingOptions, tags: Mapping[str, Any]) -> Iterator[Job]
             check_folder(options.folder)
             options.folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(options.folder))
-            claim(
-                options.folder,
-                options,
-                data | {"teacher": teacher and weights_hash(SavedTeacher(tuple(teacher)).load()[0])},
-            )
+            claim(options.folder, options, data | taught)
 
         by_main(accelerator, enter)
         about = RunFacts(options.folder.name, options.folder, facts, plain(options))

@@ -20,7 +20,7 @@ from spark_dist.config import TrainingOptions
 from spark_dist.data.batches import Batch, SliceDataset, to_device
 from spark_dist.data.loader import Prefetcher
 from spark_dist.networks.checkpoint import ModelCard, save_network
-from spark_dist.teacher.targets import TeacherTargets
+from spark_dist.teacher.targets import ForeignTargets, TeacherTargets
 
 from .checkpoint import resume, save_checkpoint
 from .distillation import Distillation
@@ -35,7 +35,7 @@ class Teaching:
     """A student with its distiller, and the teacher behind it."""
 
     distillation: Distillation
-    targets: TeacherTargets
+    targets: TeacherTargets | ForeignTargets
     """The frozen teacher's targets for a batch; none where it trains, or there is no teacher."""
     live_teacher: LiveTeacher | None = None
 

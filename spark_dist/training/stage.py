@@ -28,7 +28,7 @@ from spark_dist.networks.checkpoint import ModelCard
 from spark_dist.networks.cost import gflops_of
 from spark_dist.networks.resnet import load_pretrained
 from spark_dist.teacher.saved import SavedTeacher
-from spark_dist.teacher.targets import TeacherTargets
+from spark_dist.teacher.targets import ForeignTargets, TeacherTargets
 
 from .checkpoint import epochs_done
 from .distillation import Distillation
@@ -88,7 +88,7 @@ def train_stage(
         with memory_explained(options, accelerator.num_processes):
             run = StageRun(options, stage.epochs, stop_epoch, folder, card, tracker)
             fit(accelerator, teaching, loader, validation(job), run)
-        if teaching.targets.teacher is not None:
+        if teaching.targets.taught:
             metrics = count_cache_use(job, stage.role, teaching.targets)
             metrics["cache/waited_seconds"] = loader.waited
             tracker.metrics(metrics, step=stop_epoch * loader.batch_sampler.steps)
@@ -198,10 +198,10 @@ def adapt(distillation: Distillation, options: TrainingOptions) -> None:
         distillation.student.compile()
 
 
-def stage_loader(job: Job, targets: TeacherTargets) -> Prefetcher:
+def stage_loader(job: Job, targets: TeacherTargets | ForeignTargets) -> Prefetcher:
     """This process's shares of the training batches, with what the cache holds of their targets."""
     options, accelerator = job.options, job.accelerator
-    table = job.transfer_table if targets.teacher is not None else job.table
+    table = job.transfer_table if targets.taught else job.table
     sampler = EpochSampler(
         options.order(table), accelerator.process_index, accelerator.num_processes, options.accumulate
     )
@@ -209,7 +209,7 @@ def stage_loader(job: Job, targets: TeacherTargets) -> Prefetcher:
     return training_loader(dataset, sampler, options.workers)
 
 
-def count_cache_use(job: Job, role: str, targets: TeacherTargets) -> dict[str, float]:
+def count_cache_use(job: Job, role: str, targets: TeacherTargets | ForeignTargets) -> dict[str, float]:
     """Count the targets that came from the cache and from the teacher, over all processes; said, too."""
     counts = torch.tensor([targets.hits, targets.forwards, targets.damaged], device=job.accelerator.device)
     hits, forwards, damaged = job.accelerator.reduce(counts).tolist()
@@ -242,6 +242,8 @@ def trained_on(job: Job) -> tuple[str, ...] | None:
     if getattr(options, "unlabelled_share", 0):
         names += job.store.split(options.split, "unlabelled")
     found = {image_fingerprint(job.store, name) for name in names}
+    if getattr(options, "teacher_predictions", ""):
+        return None
     if teacher := getattr(options, "teacher_checkpoint", None):
         if (before := SavedTeacher(tuple(teacher)).card().trained_on) is None:
             return None

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import keep_signals, model_card
+from conftest import keep_signals, model_card, undecided
 
 from data_tools.ownership import owned
 from data_tools.store import open_store
@@ -24,7 +24,8 @@ def save(path, seed, network="unet", **facts):
     """A teacher that nobody has trained."""
     torch.manual_seed(seed)
     usual = {"network": network, "width": 0.05, "trained_on": ()}
-    save_network(path, build_network(network, width=0.05), model_card(**usual | facts))
+    built = build_network(network, width=0.05)
+    save_network(path, undecided(built) if network == "unet" else built, model_card(**usual | facts))
     return path
 
 

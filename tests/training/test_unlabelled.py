@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from conftest import model_card
+from conftest import model_card, undecided
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -96,10 +96,10 @@ def distil(jobs, tiny_store, tmp_path_factory):
     the same name goes on."""
     folder = tmp_path_factory.mktemp("unlabelled")
     assert spark_data(["split", str(tiny_store), "--name", "few", "--hide-labels", "2"]) == 0
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     spec = SliceSpec("organ", Crop((32, 32)))
     card = model_card(network="unet", width=0.05, spec=spec, trained_on=())
-    save_network(folder / "teacher.safetensors", build_network("unet", width=0.05), card)
+    save_network(folder / "teacher.safetensors", undecided(build_network("unet", width=0.05)), card)
     common = [*JOB, "--split", "few", "--teacher-checkpoint", "../teacher.safetensors", "--unlabelled-share", "0.5"]
     common += ["--tracking-uri", f"sqlite:///{folder}/mlflow.db", "--log-every", "1", "--checkpoint-steps", "1"]
 
