@@ -11,11 +11,11 @@ from .commands import (
     run_export,
     run_info,
     run_phantom,
+    run_predictions,
     run_prepare,
     run_preview,
     run_split,
     run_stats,
-    run_predictions,
     run_verify,
 )
 from .errors import INTERRUPTED, UserError, one_line, say_error

@@ -70,8 +70,9 @@ def run_prepare(options: Namespace) -> int:
     return 1 if prepare(sources, settings, workers) else 0
 
 
-def run_predictions(options: argparse.Namespace) -> int:
-    from .predictions import Foreign, prepare_predictions
+def run_predictions(options: Namespace) -> int:
+    """Prepare the predictions of a foreign model."""
+    from .foreign import Foreign, prepare_predictions
     from .store import open_store
 
     store = open_store(options.store)

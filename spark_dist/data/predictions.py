@@ -53,7 +53,7 @@ class PendingPredictions:
 
 
 def target(label: np.ndarray | None, plane: np.ndarray) -> np.ndarray:
-    """What crops from anywhere lie around, (H, W) bool: nothing where there is no ground truth."""
+    """The target that crops from anywhere lie around, (H, W) bool: nothing where there is no ground truth."""
     return np.zeros(plane.shape, bool) if label is None else label
 
 
@@ -106,7 +106,7 @@ class StoredPredictions:
 
 
 def kind_of_predictions(store: Store, name: str, cases: Sequence[str]) -> str:
-    """What the predictions of cases are: `label` or `probabilities`.
+    """The kind of the predictions of cases: `label` or `probabilities`.
 
     Raises `UserError` if one is not there, or they are not all of one kind.
     """
