@@ -20,8 +20,21 @@ from spark_dist.networks import build_network
 from spark_dist.networks.checkpoint import save_network
 from spark_dist.training.checkpoint import load_state, newest_state
 
-SHAPE = (30, 28, 6)
-JOB = ("--task", "organ", "--crop", 48, "--crop-shift", "[0,0]", "--batch-size", 6, "--steps", 6, "--val-every", 9)
+SHAPE = (48, 32, 6)
+JOB = (
+    "--task",
+    "organ",
+    "--crop",
+    "[32,48]",
+    "--crop-shift",
+    "[0,0]",
+    "--batch-size",
+    6,
+    "--steps",
+    6,
+    "--val-every",
+    9,
+)
 JOB += ("--student-width", 0.25, "--lr", 1e-4, "--log-every", 6, "--method", "soft", "--unlabelled-share", 0.5)
 CASES = [f"case_{k:05}" for k in range(5)]
 
@@ -59,7 +72,7 @@ def student_of(jobs, folder, name, *options):
 def test_labels_that_another_program_wrote_teach_as_the_checkpoint_does(jobs, prepared, tmp_path):
     """The teacher's prediction goes through spark-data export, another orientation and other values, and comes back."""
     torch.manual_seed(1)
-    teacher, spec = undecided(build_network("unet", width=0.05)), SliceSpec("organ", Crop((48, 48)))
+    teacher, spec = undecided(build_network("unet", width=0.05)), SliceSpec("organ", Crop((32, 48)))
     card = model_card(network="unet", width=0.05, spec=spec, trained_on=())
     save_network(tmp_path / "teacher.safetensors", teacher, card)
     for number, name in enumerate(prepared.splits["default"]["train"] + prepared.splits["default"]["unlabelled"]):
@@ -175,7 +188,7 @@ def test_bad_predictions_are_one_line_that_names_the_file(prepared, tmp_path, ca
     file.write_bytes(file.read_bytes()[:200])
     assert "can't be read as .npz" in refused(capsys, "foreign", "--name", "bad")
     np.savez(file, other=good)
-    assert "an array 'probabilities' of shape (classes, 6, 28, 30) is needed, not none" in refused(
+    assert "an array 'probabilities' of shape (classes, 6, 32, 48) is needed, not none" in refused(
         capsys, "foreign", "--name", "bad"
     )
     assert "there is no label 'liver'" in refused(capsys, "foreign", "--name", "bad", "--labels", "liver=1")

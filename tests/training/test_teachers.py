@@ -83,7 +83,7 @@ def refused(capsys, store, *options):
         ({"spec": SliceSpec("tumour", Crop((32, 32)))}, "has task tumour, and"),
         ({"spec": SliceSpec("organ", Crop((64, 64)))}, "has crop 64×64, and"),
         ({"spec": SliceSpec("organ", Crop((32, 32), (1, 0)))}, "has crop shift [1, 0], and"),
-        ({"network": "unet2022"}, "--crop 32×32: the sides must be multiples of"),
+        ({"network": "unet2022"}, "--crop 48×48: the sides must be multiples of 32 for unet2022"),
     ],
 )
 def test_teachers_that_do_not_fit_each_other_are_an_error(
@@ -91,7 +91,7 @@ def test_teachers_that_do_not_fit_each_other_are_an_error(
 ):
     monkeypatch.chdir(tmp_path)
     other = save(tmp_path / "other.safetensors", 0, **facts)
-    error = refused(capsys, tiny_store, "--method", "kd", "--teacher-checkpoint", three[0], other)
+    error = refused(capsys, tiny_store, "--method", "kd", "--crop", 48, "--teacher-checkpoint", three[0], other)
     assert message in error
     assert [file.name for file in tmp_path.iterdir()] == ["other.safetensors"]
 
