@@ -11,8 +11,7 @@ from functools import partial
 
 from torch import nn
 
-from spark_dist.networks.checkpoint import load_network
-from spark_dist.teacher.saved import WITH_FLIPS, SavedTeacher
+from spark_dist.teacher.saved import WITH_FLIPS, SavedNetworks
 from spark_dist.teacher.targets import TeacherTargets
 from spark_dist.training.checks import check
 from spark_dist.training.distillation import Distillation, distillation_factor
@@ -61,7 +60,7 @@ def train_in_turns(job: Job) -> None:
             source = given_teacher(job)
         else:
             best = train_stage(job, teacher, without_teacher, stop_epoch=teacher.epochs * part // o.rounds)
-            source = SavedTeacher((best,), o.teacher_tta == "flips")
+            source = SavedNetworks((best,), o.teacher_tta == "flips")
         first, last = (student.epochs * n // o.rounds for n in (part - 1, part))
         teach = partial(with_teacher, job, source, range(first, last))
         train_stage(job, student, teach, stop_epoch=last, teacher=source)
@@ -76,9 +75,9 @@ def train_together(job: Job) -> None:
     network, card, best = build(job, stage), model_card(job, stage), folder / "best.safetensors"
     with stage_tracker(job, stage.role, card, network, stage.epochs) as tracker:
         teach = partial(with_live_teacher, job, LiveTeacher(network, folder, card, tracker))
-        train_stage(job, student_stage(job), teach, teacher=SavedTeacher((best,)))
+        train_stage(job, student_stage(job), teach, teacher=SavedNetworks((best,)))
         tracker.artifact(best)
-        evaluate_on_test(job, stage.role, SavedTeacher((best,)), folder, tracker)
+        evaluate_on_test(job, stage.role, SavedNetworks((best,)), folder, tracker)
 
 
 def teacher_stage(job: Job) -> Stage:
@@ -112,14 +111,14 @@ def name_of_teacher(options: DistillOptions) -> str:
     if options.teacher_predictions:
         return options.teacher_predictions
     if options.teacher_checkpoint:
-        return SavedTeacher(tuple(options.teacher_checkpoint), flips).card().network
+        return SavedNetworks(tuple(options.teacher_checkpoint), flips).card().network
     return options.teacher + WITH_FLIPS * flips
 
 
-def given_teacher(job: Job) -> SavedTeacher:
+def given_teacher(job: Job) -> SavedNetworks:
     """The teacher from the command line, tested as a run of its own so that it can be compared."""
     o, folder = job.options, job.folder / "teacher"
-    teacher = SavedTeacher(tuple(o.teacher_checkpoint), o.teacher_tta == "flips")
+    teacher = SavedNetworks(tuple(o.teacher_checkpoint), o.teacher_tta == "flips")
     if not is_done(job, folder):
         network, card = teacher.load()
         # It is tested on this job's data, as this job sees them.
@@ -129,7 +128,7 @@ def given_teacher(job: Job) -> SavedTeacher:
     return teacher
 
 
-def with_teacher(job: Job, teacher: SavedTeacher, epochs: range, student: nn.Module) -> Teaching:
+def with_teacher(job: Job, teacher: SavedNetworks, epochs: range, student: nn.Module) -> Teaching:
     """A student with the distiller between it and a saved teacher, and the source of its targets in `epochs`."""
     o = job.options
     targets, card = frozen_teacher(job, teacher, student.taps)

@@ -15,7 +15,7 @@ WITH_FLIPS = " with flips"
 
 
 @dataclass(frozen=True)
-class SavedTeacher:
+class SavedNetworks:
     """One checkpoint or several, as one teacher: its probabilities are the mean of theirs, with `flips` over the four
     flips of a slice too."""
 

@@ -14,14 +14,14 @@ from data_tools.report import bytes_text
 from spark_dist.data.batches import SliceDataset, to_device
 from spark_dist.data.cache import CacheLayout, TeacherCache
 from spark_dist.data.number_formats import PREDICTION, entry_bytes
-from spark_dist.data.transformations import GEOMETRIC, INTENSITY
 from spark_dist.data.predictions import StoredPredictions
+from spark_dist.data.transformations import GEOMETRIC, INTENSITY
 from spark_dist.distillers import build_distiller
 from spark_dist.distillers.base import Distiller
 from spark_dist.networks.base import Taps
 from spark_dist.networks.checkpoint import ModelCard
 from spark_dist.teacher.fingerprint import open_cache, probe_targets, weights_hash
-from spark_dist.teacher.saved import SavedTeacher
+from spark_dist.teacher.saved import SavedNetworks
 from spark_dist.teacher.targets import ForeignTargets, TeacherTargets
 from spark_dist.teacher.trial import try_cache
 
@@ -34,7 +34,7 @@ def distiller_between(job: Job, student: Taps, teacher: Taps) -> Distiller:
     return build_distiller(o.method, student=student, teacher=teacher, samples=len(job.transfer_table), **o.weights)
 
 
-def frozen_teacher(job: Job, saved: SavedTeacher, student: Taps) -> tuple[TeacherTargets, ModelCard]:
+def frozen_teacher(job: Job, saved: SavedNetworks, student: Taps) -> tuple[TeacherTargets, ModelCard]:
     """A saved teacher's targets for a student with these taps, without a cache, and the teacher's card."""
     teacher, card = saved.load()
     distiller = distiller_between(job, student, teacher.taps)

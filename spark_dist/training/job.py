@@ -23,7 +23,7 @@ from spark_dist.data.identity import fold_of, split_fingerprints
 from spark_dist.data.slices import SliceTable, slice_table, with_unlabelled
 from spark_dist.data.views import SliceSpec
 from spark_dist.teacher.fingerprint import weights_hash
-from spark_dist.teacher.saved import SavedTeacher
+from spark_dist.teacher.saved import SavedNetworks
 
 from .checks import (
     check_crop,
@@ -106,7 +106,7 @@ def open_job(options: TrainingOptions, tags: Mapping[str, Any]) -> Iterator[Job]
     if isinstance(options, DistillOptions) and options.teacher_checkpoint:
         check_teacher_task(store, options)
         warning = check_teacher_cases(store, options)
-        taught = {"teacher": weights_hash(SavedTeacher(tuple(options.teacher_checkpoint)).load()[0])}
+        taught = {"teacher": weights_hash(SavedNetworks(tuple(options.teacher_checkpoint)).load()[0])}
     elif isinstance(options, DistillOptions) and options.teacher_predictions:
         predicted, warning = check_predictions(transfer, options.teacher_predictions)
         taught |= {"predicted": predicted}

@@ -27,7 +27,7 @@ from spark_dist.networks import build_network
 from spark_dist.networks.checkpoint import ModelCard
 from spark_dist.networks.cost import gflops_of
 from spark_dist.networks.resnet import load_pretrained
-from spark_dist.teacher.saved import SavedTeacher
+from spark_dist.teacher.saved import SavedNetworks
 from spark_dist.teacher.targets import ForeignTargets, TeacherTargets
 
 from .checkpoint import epochs_done
@@ -65,7 +65,7 @@ def train_stage(
     stage: Stage,
     teach: Callable[[nn.Module], Teaching],
     stop_epoch: int | None = None,
-    teacher: SavedTeacher | None = None,
+    teacher: SavedNetworks | None = None,
 ) -> Path:
     """Train a network, test the epoch that was best on val, and return its checkpoint.
 
@@ -94,7 +94,7 @@ def train_stage(
             tracker.metrics(metrics, step=stop_epoch * loader.batch_sampler.steps)
         if stop_epoch == stage.epochs:
             tracker.artifact(best)
-            evaluate_on_test(job, stage.role, SavedTeacher((best,)), folder, tracker, teacher)
+            evaluate_on_test(job, stage.role, SavedNetworks((best,)), folder, tracker, teacher)
     return best
 
 
@@ -165,7 +165,9 @@ def stage_tracker(
     about = RunFacts(name, job.folder / role, tags, params)
     with tracked(job.accelerator, job.options, about, job.tracker) as tracker:
         tracker.metrics({"parameters": tags["parameters"]}, step=0)
-        with suppress(RuntimeError, NotImplementedError, UserError):  # not on torch's meta device, or of several networks
+        with suppress(
+            RuntimeError, NotImplementedError, UserError
+        ):  # not on torch's meta device, or of several networks
             rows_columns = card.spec.crop.size
             tracker.metrics({"gflops": gflops_of(card.network, card.width, rows_columns)}, step=0)
         yield tracker
@@ -245,7 +247,7 @@ def trained_on(job: Job) -> tuple[str, ...] | None:
     if getattr(options, "teacher_predictions", ""):
         return None
     if teacher := getattr(options, "teacher_checkpoint", None):
-        if (before := SavedTeacher(tuple(teacher)).card().trained_on) is None:
+        if (before := SavedNetworks(tuple(teacher)).card().trained_on) is None:
             return None
         found |= set(before)
     return tuple(sorted(found))

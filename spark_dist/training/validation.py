@@ -15,7 +15,7 @@ from spark_dist.evaluation.cases import evaluate_cases, format_summaries, summar
 from spark_dist.evaluation.figures import draw_predictions
 from spark_dist.evaluation.metrics import read_cases, write_cases
 from spark_dist.networks.checkpoint import ModelCard
-from spark_dist.teacher.saved import SavedTeacher
+from spark_dist.teacher.saved import SavedNetworks
 
 from .distributed import by_main
 from .job import Job
@@ -40,7 +40,7 @@ def validation(job: Job) -> Validate:
 
 
 def evaluate_on_test(
-    job: Job, role: str, saved: SavedTeacher, folder: Path, tracker: Tracker, teacher: SavedTeacher | None = None
+    job: Job, role: str, saved: SavedNetworks, folder: Path, tracker: Tracker, teacher: SavedNetworks | None = None
 ) -> None:
     """Metrics of a saved network on the test cases, and a picture (beside the teacher's), into `folder` and the run.
 

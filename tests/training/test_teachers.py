@@ -13,7 +13,7 @@ from spark_dist.distillers import build_distiller, prediction_methods
 from spark_dist.networks import build_network
 from spark_dist.networks.checkpoint import save_network
 from spark_dist.teacher.fingerprint import probe_targets
-from spark_dist.teacher.saved import SavedTeacher
+from spark_dist.teacher.saved import SavedNetworks
 from spark_dist.training.checkpoint import load_state, newest_state
 
 JOB = ("--task", "organ", "--crop", 32, "--crop-shift", "[0,0]", "--batch-size", 8, "--steps", 6, "--val-every", 9)
@@ -37,10 +37,10 @@ def three(tmp_path_factory):
 
 def test_a_teacher_of_several_checkpoints_has_their_mean_probabilities(three):
     image = torch.randn(2, 1, 32, 32)
-    network, card = SavedTeacher(three, flips=True).load()
+    network, card = SavedNetworks(three, flips=True).load()
     expected = []
     for path in three:
-        one = SavedTeacher((path,)).load()[0].eval()
+        one = SavedNetworks((path,)).load()[0].eval()
         for axes in ((), (2,), (3,), (2, 3)):
             expected.append(one(image.flip(axes)).logits.softmax(dim=1).flip(axes))
     found = network.eval()(image).logits.softmax(dim=1)
