@@ -278,7 +278,7 @@ def work(prepared, tmp_path_factory):
 
 
 EXAMPLES = {"preview": 20, "stats": 20, "phantom": 40}
-COMMANDS = ["phantom", "prepare", "verify", "export", "split", "preview", "stats", "info"]
+COMMANDS = ["phantom", "prepare", "predictions", "verify", "export", "split", "preview", "stats", "info"]
 
 
 def test_all_commands_are_tried():
