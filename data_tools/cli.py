@@ -255,7 +255,7 @@ def parser() -> argparse.ArgumentParser:
     stats = commands.add_parser("stats", help="sizes, spacings, volumes, intensities, and a recipe's lines")
     stats.add_argument("store", type=store_place, help="slice store")
     stats.add_argument("--out", type=place, help="PNG to write (default: STORE's name with -stats.png)")
-    stats.add_argument("--memory", type=gibibytes, default=8.0, help="GiB for the suggested batch (default 8)")
+    stats.add_argument("--memory", type=gibibytes, default=8, help="GiB for the suggested batch (default 8)")
     stats.set_defaults(run=run_stats)
 
     info = commands.add_parser("info", help="what is in a store")

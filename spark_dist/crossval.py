@@ -116,7 +116,7 @@ def launcher(options: CrossvalOptions) -> list[str]:
     if not options.accelerate_config:
         return [sys.executable, "-m"]
     start = [sys.executable, "-m", "accelerate.commands.launch"]
-    return [*start, "--config_file", str(options.accelerate_config), "-m"]
+    return [*start, "--config-file", str(options.accelerate_config), "-m"]
 
 
 def start(line: Sequence[str]) -> int:

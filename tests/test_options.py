@@ -27,6 +27,8 @@ NEEDED = {
     "profile": (),
     "picture": ("a.safetensors", "--dataset", "d.zarr"),
     "views": DATA,
+    "crossval": ("distill", *DATA),
+    "export": ("a.safetensors", "a.onnx", "--dataset", "d.zarr"),
     "sweep": ("grid.yaml",),
     "track-sync": ("folder",),
 }
