@@ -215,7 +215,7 @@ def test_fifty_damages_to_a_store_are_named_not_trained_on_and_healed(cases, tmp
                 assert f"{name} slice {table.slice[row]}" in message or f"{name}/" in message
             else:
                 for kind, voxels in zip(("image", "label"), truth[name], strict=True):
-                    assert torch.equal(getattr(batch, kind)[0], torch.from_numpy(voxels[table.slice[row]]))
+                    assert torch.equal(getattr(batch, kind)[0].squeeze(), torch.from_numpy(voxels[table.slice[row]]))
         return message
 
     for _ in range(10):
