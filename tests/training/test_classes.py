@@ -21,6 +21,7 @@ from spark_dist.evaluation.comparison import Run, compare
 from spark_dist.losses import segmentation
 from spark_dist.networks import NETWORKS
 from spark_dist.networks.checkpoint import load_card, load_network, save_network
+from spark_dist.teacher.saved import SavedNetworks
 from spark_dist.training.distributed import make_accelerator
 from spark_dist.training.job import Job
 from spark_dist.training.stage import Stage, build, model_card
@@ -67,7 +68,7 @@ def test_every_method_takes_a_step_with_three_classes_from_the_cache(method, job
     torch.manual_seed(0)
     save_network(tmp_path / "t.safetensors", build(job, teacher_stage(job)), model_card(job, teacher_stage(job)))
     student = build(job, student_stage(job))
-    teaching = with_teacher(job, tmp_path / "t.safetensors", range(1), student)
+    teaching = with_teacher(job, SavedNetworks((tmp_path / "t.safetensors",)), range(1), student)
     dataset = SliceDataset(job.table, job.spec, teaching.targets.cache, job.options.slice_views)
     keys = np.arange(4) * dataset.views.count
     batches = [to_device(dataset.__getitems__(keys), dataset, torch.device("cpu"))]
@@ -91,7 +92,8 @@ def test_the_cache_keeps_one_logit_less_than_there_are_classes(job, tmp_path):
         save_network(
             tmp_path / "t.safetensors", build(made, teacher_stage(made)), model_card(made, teacher_stage(made))
         )
-        targets = with_teacher(made, tmp_path / "t.safetensors", range(1), build(made, student_stage(made))).targets
+        teacher = SavedNetworks((tmp_path / "t.safetensors",))
+        targets = with_teacher(made, teacher, range(1), build(made, student_stage(made))).targets
         assert [list(shape) for shape in targets.cache.layout.shapes.values()] == [[kept, 64, 64]]
 
 
