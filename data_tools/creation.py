@@ -78,6 +78,8 @@ def check_store(path: Path, attributes: Mapping[str, Any]) -> bool:
         read_sealed(path)
         return True
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if exists(path / "zarr.json"):  # another process's store came there between the two looks
+            return check_store(path, attributes)
         raise UserError(f"{path}: exists and is no slice store; name an empty or new folder")
     return False
 
