@@ -194,7 +194,7 @@ def test_every_method_takes_a_step_with_slices_without_ground_truth(method):
     [
         (0.9, 8, 2, "leave some of 2 processes without a slice of each kind (--unlabelled-share 0.9)"),
         (0.05, 16, 2, "leave some of 2 processes without a slice of each kind (--unlabelled-share 0.05)"),
-        (0.99, 8, 1, "batches of 8 would have 0 slices with ground truth and 8 without"),
+        (0.99, 8, 1, "batches of 8 would have 0 slices with ground truth and 8 slices without ground truth"),
     ],
 )
 def test_a_share_that_leaves_out_one_kind_is_an_error(tiny_store, share, batch_size, processes, message):
