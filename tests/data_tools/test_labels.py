@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from nifti_cases import AFFINE, save
 
 from data_tools.cli import main
+from data_tools.creation import create_store
 from data_tools.errors import UserError
 from data_tools.labels import Task, check_regions, fullest, make_task, parse_labels, parse_regions, regions_of
 from data_tools.split import PARTS, split_by_shares
-from data_tools.store import create_store, open_store
+from data_tools.store import open_store
 
 LESION = {"organ": [1], "tumour": [2]}
 names = st.from_regex(r"[a-z][a-z0-9_.-]{0,6}", fullmatch=True).filter(lambda name: name not in ("all", "background"))
