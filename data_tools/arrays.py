@@ -1,5 +1,7 @@
 """Slices as Zarr v3 arrays, and how they are compressed."""
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 import zarr
@@ -20,7 +22,21 @@ def _write_array(group: zarr.Group, key: str, voxels: np.ndarray, values: int) -
 
     Returns how many voxels of each value below `values` the slices have.
     """
-    array = group.create_array(
+    array = create_array_of_slices(group, key, voxels, ("slice", "row", "column"))
+    counts = []
+    for start in range(0, len(voxels), SHARD_SLICES):
+        block = in_rows(voxels[start : start + SHARD_SLICES])
+        array[start : start + SHARD_SLICES] = block
+        if values:
+            counts += [[int(np.count_nonzero(image == value)) for value in range(values)] for image in block]
+    return counts
+
+
+def create_array_of_slices(
+    group: zarr.Group, key: str, voxels: np.ndarray, dimensions: Sequence[str] | None = None
+) -> zarr.Array:
+    """An empty array for `voxels` (Z, …): a chunk for each slice, in shards, compressed and with checksums."""
+    return group.create_array(
         key,
         shape=voxels.shape,
         dtype=voxels.dtype,
@@ -31,15 +47,8 @@ def _write_array(group: zarr.Group, key: str, voxels: np.ndarray, values: int) -
             Crc32cCodec(),
         ],
         config={"write_empty_chunks": True},
-        dimension_names=("slice", "row", "column"),
+        dimension_names=dimensions,
     )
-    counts = []
-    for start in range(0, len(voxels), SHARD_SLICES):
-        block = in_rows(voxels[start : start + SHARD_SLICES])
-        array[start : start + SHARD_SLICES] = block
-        if values:
-            counts += [[int(np.count_nonzero(image == value)) for value in range(values)] for image in block]
-    return counts
 
 
 def in_rows(voxels: np.ndarray) -> np.ndarray:

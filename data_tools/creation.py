@@ -11,7 +11,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +103,16 @@ def aside(path: Path) -> Path:
 
 def remove_left(path: Path) -> None:
     """Remove folders that processes made to become the store at `path`, and were killed."""
-    for folder in path.parent.glob(f".{glob.escape(path.name)}.*.new") if is_local(path) else ():
-        if _is_made(folder):
-            continue
+    for folder in left_behind(path) if is_local(path) else ():
         if owned(folder, "store"):
             remove_owned(folder, "store")
         elif not any(strangers(folder)):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def left_behind(path: Path) -> Iterator[Path]:
+    """The folders made `aside` to become `path` that no living process is at any more."""
+    return (folder for folder in path.parent.glob(f".{glob.escape(path.name)}.*.new") if not _is_made(folder))
 
 
 def _maker(pid: int) -> str:

@@ -1,7 +1,6 @@
 """Predictions by a foreign model for the cases of a store, prepared beside them (see `predictions`)."""
 
 import shutil
-import uuid
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -12,9 +11,9 @@ from typing import Any
 import numpy as np
 import zarr
 from nibabel.orientations import apply_orientation
-from zarr.codecs import BloscCodec, Crc32cCodec
 
-from .arrays import SHARD_SLICES, in_rows, shuffle_of
+from .arrays import SHARD_SLICES, create_array_of_slices, in_rows
+from .creation import aside, left_behind
 from .errors import UserError, say_error, unknown_name
 from .labels import in_order
 from .layouts import named
@@ -120,23 +119,12 @@ def prepare_prediction(store: Store, case: Case, file: Path, foreign: Foreign, r
 def write_prediction_of(folder: Path, key: str, voxels: np.ndarray, facts: Mapping[str, Any]) -> None:
     """The folder of a case's prediction, whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(f".{folder.name}.*.new"):  # what a kill left
+    for left in left_behind(folder):
         shutil.rmtree(left)
-    new = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.new")
+    new = aside(folder)
     try:
         group = zarr.create_group(zarr_place(new))
-        array = group.create_array(
-            key,
-            shape=voxels.shape,
-            dtype=voxels.dtype,
-            chunks=(1, *voxels.shape[1:]),
-            shards=(min(SHARD_SLICES, len(voxels)), *voxels.shape[1:]),
-            compressors=[
-                BloscCodec(typesize=voxels.dtype.itemsize, cname="lz4", clevel=5, shuffle=shuffle_of(voxels)),
-                Crc32cCodec(),
-            ],
-            config={"write_empty_chunks": True},
-        )
+        array = create_array_of_slices(group, key, voxels)
         for start in range(0, len(voxels), SHARD_SLICES):
             block = voxels[start : start + SHARD_SLICES]
             array[start : start + SHARD_SLICES] = in_rows(block) if block.ndim == 3 else np.ascontiguousarray(block)

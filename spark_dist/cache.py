@@ -30,11 +30,10 @@ from spark_dist.data.batches import SliceDataset, to_device
 from spark_dist.data.loader import Prefetcher
 from spark_dist.data.number_formats import ROUNDING, as_tensor, decode, encode
 from spark_dist.data.shared_memory import pack
-from spark_dist.teacher.saved import SavedNetworks
 from spark_dist.teacher.targets import TeacherTargets
 from spark_dist.training.checks import check, check_network, check_teacher_task
 from spark_dist.training.distributed import make_accelerator, shut_down
-from spark_dist.training.frozen_teacher import frozen_teacher, matching_cache
+from spark_dist.training.frozen_teacher import frozen_teacher, matching_cache, saved_teacher
 from spark_dist.training.job import Job
 from spark_dist.training.tracking import null_tracker
 
@@ -92,8 +91,7 @@ def targets_of(job: Job) -> TeacherTargets:
     """The teacher of the options, and its cache."""
     o = job.options
     student = check_network(o, o.student, o.student_width)
-    teacher = SavedNetworks(tuple(o.teacher_checkpoint), o.teacher_tta == "flips")
-    targets, card = frozen_teacher(job, teacher, student.taps)
+    targets, card = frozen_teacher(job, saved_teacher(o), student.taps)
     targets.cache = matching_cache(job, targets, card)
     return targets
 

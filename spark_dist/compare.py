@@ -13,13 +13,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from data_tools.errors import UserError
 from data_tools.files import write_text
 from data_tools.ownership import check_output
 from data_tools.progress import console
 from data_tools.tables import check_tables, write_tables
 from spark_dist.evaluation.comparison import Row, compare
-from spark_dist.evaluation.figures import FORMATS, comparison_figure
+from spark_dist.evaluation.figures import check_format, comparison_figure
 from spark_dist.evaluation.tables import as_latex, as_markdown, as_table, heading, names
 from spark_dist.training.finished_runs import load_runs
 
@@ -47,11 +46,8 @@ class CompareOptions(ServerOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.figure and (ending := self.figure.suffix.removeprefix(".").lower()) not in FORMATS:
-            raise UserError(
-                f"--figure {self.figure}: '{ending}' is no format of pictures; use {', '.join(sorted(FORMATS))}, "
-                "or --metric for what to compare"
-            )
+        if self.figure:
+            check_format(self.figure, "--figure", ", or --metric for what to compare")
 
 
 OPTIONS = CompareOptions

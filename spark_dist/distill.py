@@ -22,6 +22,7 @@ from spark_dist.training.frozen_teacher import (
     frozen_teacher,
     matching_cache,
     only_generation,
+    saved_teacher,
 )
 from spark_dist.training.job import Job, is_done, open_job
 from spark_dist.training.live import LiveTeacher
@@ -107,18 +108,17 @@ def student_stage(job: Job) -> Stage:
 
 def name_of_teacher(options: DistillOptions) -> str:
     """The teacher as tables name it."""
-    flips = options.teacher_tta == "flips"
     if options.teacher_predictions:
         return options.teacher_predictions
     if options.teacher_checkpoint:
-        return SavedNetworks(tuple(options.teacher_checkpoint), flips).card().network
-    return options.teacher + WITH_FLIPS * flips
+        return saved_teacher(options).card().network
+    return options.teacher + WITH_FLIPS * (options.teacher_tta == "flips")
 
 
 def given_teacher(job: Job) -> SavedNetworks:
     """The teacher from the command line, tested as a run of its own so that it can be compared."""
     o, folder = job.options, job.folder / "teacher"
-    teacher = SavedNetworks(tuple(o.teacher_checkpoint), o.teacher_tta == "flips")
+    teacher = saved_teacher(o)
     if not is_done(job, folder):
         network, card = teacher.load()
         # It is tested on this job's data, as this job sees them.

@@ -16,7 +16,7 @@ from data_tools.ownership import check_output
 from data_tools.progress import console
 from data_tools.store import open_store
 from spark_dist.data.slices import part_of_split
-from spark_dist.evaluation.figures import FORMATS, draw_predictions
+from spark_dist.evaluation.figures import check_format, draw_predictions
 from spark_dist.networks.checkpoint import load_network
 
 from .options import Count, Options
@@ -42,8 +42,7 @@ class PictureOptions(Options):
 
     def __post_init__(self):
         super().__post_init__()
-        if (ending := self.out.suffix.removeprefix(".").lower()) not in FORMATS:
-            raise UserError(f"--out {self.out}: '{ending}' is no format of pictures; use {', '.join(sorted(FORMATS))}")
+        check_format(self.out, "--out")
 
 
 OPTIONS = PictureOptions

@@ -21,7 +21,7 @@ from data_tools.progress import console
 from data_tools.store import open_store
 from spark_dist.data.batches import SliceDataset, to_device
 from spark_dist.data.slices import SliceTable, slice_table
-from spark_dist.evaluation.figures import FORMATS, REGIONS, save
+from spark_dist.evaluation.figures import REGIONS, check_format, save
 
 from .config import TrainingOptions
 from .options import Count
@@ -42,9 +42,7 @@ class ViewsOptions(TrainingOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        if (ending := self.picture.suffix.removeprefix(".").lower()) not in FORMATS:
-            known = ", ".join(sorted(FORMATS))
-            raise UserError(f"--picture {self.picture}: '{ending}' is no format of pictures; use {known}")
+        check_format(self.picture, "--picture")
 
 
 OPTIONS = ViewsOptions

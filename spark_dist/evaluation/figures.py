@@ -14,6 +14,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from torch import nn
 
+from data_tools.errors import UserError
 from data_tools.labels import fullest
 from data_tools.ownership import MADE_BY
 from data_tools.store import Store
@@ -32,6 +33,14 @@ FORMATS = frozenset(Figure().canvas.get_supported_filetypes())
 """Endings of the files that figures can be written to."""
 SOFTWARE = {".png": "Software", ".svg": "Creator", ".pdf": "Creator", ".eps": "Creator", ".ps": "Creator"}
 """The field of a file's metadata that names the program which made it."""
+
+
+def check_format(path: Path, option: str, instead: str = "") -> None:
+    """Raises `UserError` if figures can't be written in the format that a path ends in; `instead` says what the option
+    may have been taken for."""
+    if (ending := path.suffix.removeprefix(".").lower()) not in FORMATS:
+        known = ", ".join(sorted(FORMATS))
+        raise UserError(f"{option} {path}: '{ending}' is no format of pictures; use {known}{instead}")
 
 
 class PredictedSlice(NamedTuple):

@@ -12,7 +12,7 @@ from torch import nn
 from data_tools.errors import UserError
 from data_tools.scans import Scan, on_scan_grid, scan_of
 from spark_dist.networks.checkpoint import ModelCard, load_network
-from spark_dist.networks.ensemble import Ensemble
+from spark_dist.networks.ensemble import averaged
 
 from .inference import class_probabilities, largest_components, predicted_classes
 
@@ -98,7 +98,7 @@ def load_student(
                 f"({getattr(cards[0], name)} and {getattr(card, name)}); predict with each by itself"
             )
     networks = [network for network, _ in loaded]
-    network = Ensemble(networks, flips) if flips or len(networks) > 1 else networks[0]
+    network = averaged(networks, flips)
     spec = replace(cards[0].spec, threshold=threshold or cards[0].spec.threshold)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Predictor(network.to(device), replace(cards[0], spec=spec), largest_component)

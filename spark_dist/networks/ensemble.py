@@ -42,6 +42,11 @@ class Ensemble(nn.Module):
         return NetworkOutput(mean_logits(upright), outputs[0].low, outputs[0].high)
 
 
+def averaged(networks: Sequence[nn.Module], flips: bool = False) -> nn.Module:
+    """The only network as it is, or an `Ensemble` where there is something to average."""
+    return Ensemble(networks, flips) if flips or len(networks) > 1 else networks[0]
+
+
 def mean_logits(logits: Iterable[Tensor]) -> Tensor:
     """Logits (N, C, H, W) whose softmax is the mean of the softmax of several; those of one are left as they are."""
     logits = list(logits)

@@ -8,7 +8,7 @@ from torch import nn
 
 from data_tools.errors import UserError
 from spark_dist.networks.checkpoint import ModelCard, load_card, load_network
-from spark_dist.networks.ensemble import Ensemble
+from spark_dist.networks.ensemble import averaged
 
 WITH_FLIPS = " with flips"
 """Ends the name of a teacher that is averaged over flips."""
@@ -26,8 +26,7 @@ class SavedNetworks:
         """The network and its card. Raises `UserError` as `load_network` and `check_alike` do."""
         check_alike(self.checkpoints)
         networks, cards = zip(*(load_network(path) for path in self.checkpoints), strict=True)
-        network = networks[0] if len(networks) == 1 and not self.flips else Ensemble(networks, self.flips)
-        return network, card_of_several(cards, self.flips)
+        return averaged(networks, self.flips), card_of_several(cards, self.flips)
 
     def card(self) -> ModelCard:
         """The card alone."""

@@ -11,6 +11,7 @@ import torch
 from data_tools.files import write_text
 from data_tools.ownership import owned, remove_owned
 from data_tools.report import bytes_text
+from spark_dist.config import DistillOptions
 from spark_dist.data.batches import SliceDataset, to_device
 from spark_dist.data.cache import CacheLayout, TeacherCache
 from spark_dist.data.number_formats import PREDICTION, entry_bytes
@@ -32,6 +33,11 @@ def distiller_between(job: Job, student: Taps, teacher: Taps) -> Distiller:
     """The job's method for two networks."""
     o = job.options
     return build_distiller(o.method, student=student, teacher=teacher, samples=len(job.transfer_table), **o.weights)
+
+
+def saved_teacher(options: DistillOptions) -> SavedNetworks:
+    """The trained teacher that is given, in its checkpoint or checkpoints."""
+    return SavedNetworks(tuple(options.teacher_checkpoint), options.teacher_tta == "flips")
 
 
 def frozen_teacher(job: Job, saved: SavedNetworks, student: Taps) -> tuple[TeacherTargets, ModelCard]:

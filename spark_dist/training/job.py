@@ -67,7 +67,7 @@ class Job:
     @cached_property
     def transfer_table(self) -> SliceTable:
         """The slices that a student learns from: with `--unlabelled-share`, those without ground truth too."""
-        return with_unlabelled(self.table, self.options.split) if self.options.unlabelled_share else self.table
+        return transfer_table(self.table, self.options)
 
     def say(self, text: str) -> None:
         """A line for people, once per job."""
@@ -78,6 +78,11 @@ class Job:
 def training_table(store: Store, options: TrainingOptions) -> SliceTable:
     """The training slices with ground truth."""
     return slice_table(store, options.split, "train", options.task, options.slices)
+
+
+def transfer_table(table: SliceTable, options: TrainingOptions) -> SliceTable:
+    """The slices that a student learns from: with `--unlabelled-share`, those without ground truth too."""
+    return with_unlabelled(table, options.split) if getattr(options, "unlabelled_share", 0) else table
 
 
 def what_crops_see(store: Store, options: TrainingOptions) -> str:
@@ -98,7 +103,7 @@ def open_job(options: TrainingOptions, tags: Mapping[str, Any]) -> Iterator[Job]
     for part in ("train", "val", "test"):
         slice_table(store, options.split, part, options.task)
     table = training_table(store, options)
-    transfer = with_unlabelled(table, options.split) if getattr(options, "unlabelled_share", 0) else table
+    transfer = transfer_table(table, options)
     check_crop(store, options)
     if isinstance(options, DistillOptions):
         check_rounds(options.rounds, options.epochs_of(transfer), options.teacher_epochs_of(table))

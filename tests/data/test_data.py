@@ -143,7 +143,7 @@ def test_mixed_batches_have_their_share_of_each_kind(shown, empty, unlabelled, b
         rows = np.array([key // 2 for batch in whole for key in batch])
         kinds = [rows[rows < shown], rows[(rows >= shown) & (rows < shown + empty)], rows[rows >= shown + empty]]
         assert any(len(np.unique(k)) == len(k) == n for k, n in zip(kinds, (shown, empty, unlabelled), strict=True))
-        known = batch_size - batch_size // 2 if unlabelled else batch_size
+        known = batch_size - round(batch_size * 0.5) if unlabelled else batch_size
         for batch in whole:
             full = round(known * share)
             fewest = (full * (order.steps - 1) + 1) // order.steps

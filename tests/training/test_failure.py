@@ -20,6 +20,8 @@ from spark_dist.training.journal import read_journal
 SMALL = ("--task", "organ", "--crop", 32, "--crop-shift", "[0,0]", "--batch-size", 6, "--log-every", 2)
 SMALL += ("--slices", "labelled")
 SMALL += ("--network", "enet", "--width", 0.25)
+CROPS = "crops of 32×32 never see 0.0% of the training cases' target"
+"""The line that every job of these begins with."""
 
 
 def start(folder, *arguments, restarts=0, processes=2):
@@ -113,7 +115,7 @@ def test_an_error_of_one_process_comes_first(jobs, tiny_store, tmp_path):
     codes, log = jobs("train", *arguments, folder=tmp_path, processes=2, place="step", n=2, error="it broke", rank=1)
     assert codes == [1, 2]
     lines = log.strip().splitlines()
-    assert lines == ["error: it broke", "process 0: another process has ended; its error comes before this line"]
+    assert lines == [CROPS, "error: it broke", "process 0: another process has ended; its error comes before this line"]
 
 
 @pytest.mark.slow
@@ -123,7 +125,8 @@ def test_a_stopped_process_is_told_in_a_line(jobs, tiny_store, tmp_path, rank, p
     fault = {"place": place, "n": 1, "signal": signal.SIGSTOP, "rank": rank}
     codes, log = jobs("train", *arguments, folder=tmp_path, processes=2, **fault)
     assert sorted(codes) == [-signal.SIGKILL, 1]
-    (line,) = log.strip().splitlines()
+    crops, line = log.strip().splitlines()
+    assert crops == CROPS
     assert line.startswith(f"process {1 - rank}: another process has not answered for --timeout-minutes")
     # The same command goes on.
     codes, log = jobs("train", *arguments, folder=tmp_path, processes=2)
@@ -191,7 +194,7 @@ def test_a_job_without_its_server_trains_and_is_sent_later(jobs, tiny_store, tmp
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/late.db")
     experiment = client.get_experiment_by_name("late")
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
-    student = runs["spark enet"]
+    student = runs["alone enet"]
     assert student.data.tags["mlflow.parentRunId"] == runs["job"].info.run_id
     assert [m.step for m in client.get_metric_history(student.info.run_id, "val/dice")] == [4, 8]
     assert "best.safetensors" in {file.path for file in client.list_artifacts(student.info.run_id)}
