@@ -12,18 +12,17 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.jobs import of_cases, run_job
 from data_tools.files import write_text
 from data_tools.split import deal
 from data_tools.store import open_store
 from spark_dist.evaluation.intervals import difference_over_seeds, over_seeds
-from spark_dist.evaluation.metrics import read_cases
 
 RESULTS = Path(__file__).parent / "results"
 VAL, TEST = 20, 60
@@ -126,21 +125,20 @@ def prepare(nifti: Path, work: Path, labelled: Sequence[int], draws: int) -> Non
             subprocess.run([*spark_data, "split", store, "--lists", work / "split.json", "--name", name], check=True)
 
 
-def command(cell: Cell, work: Path, options: argparse.Namespace) -> list:
-    """The command of a cell."""
+def arguments(cell: Cell, work: Path, options: argparse.Namespace) -> tuple[str, Mapping]:
+    """The command of a cell and its options."""
     arm = ARMS[cell.arm]
     given = COMMON | {
         "dataset": work / "hippocampus.zarr",
         "split": cell.split,
         "seed": cell.draw,
-        "out": cell.folder(work),
         "tracking-uri": f"sqlite:///{work}/mlflow.db",
         "steps": arm.steps or options.steps,
         "compile": str(options.compile).lower(),
     }
     if not arm.method:
         given |= {"network": arm.network, "width": arm.width, "views": -1}
-        return [sys.executable, "-m", "spark_dist.train", *as_options(given)]
+        return "train", given
     teacher = ARMS[arm.teacher]
     given |= {
         "method": arm.method,
@@ -153,33 +151,18 @@ def command(cell: Cell, work: Path, options: argparse.Namespace) -> list:
         "cache": "on",
         "cache-folder": work / "teacher-cache",
     }
-    return [sys.executable, "-m", "spark_dist.distill", *as_options(given)]
-
-
-def as_options(given: Mapping) -> list[str]:
-    return [text for key, value in given.items() for text in (f"--{key}", str(value))]
+    return "distill", given
 
 
 def run(cell: Cell, work: Path, options: argparse.Namespace) -> None:
     """Compute a cell, unless it is there."""
-    if (cell.network(work) / "test_cases.json").exists():
-        return
-    cell.folder(work).mkdir(parents=True, exist_ok=True)
-    begun = time.monotonic()
-    with open(cell.folder(work) / "output.txt", "a") as output:
-        code = subprocess.run(command(cell, work, options), stdout=output, stderr=subprocess.STDOUT).returncode
-    minutes = (time.monotonic() - begun) / 60
-    if code:
-        sys.exit(f"{cell} ended with {code}; see {output.name}")
-    write_text(cell.folder(work) / "minutes.txt", f"{minutes:.2f}")
-    values = dice(cell, work)
-    print(f"{cell.split:22} {cell.arm:36} {np.mean(list(values.values())):.4f}  {minutes:.1f} min", flush=True)
+    command, given = arguments(cell, work, options)
+    run_job(command, given, cell.folder(work), cell.network(work))
 
 
 def dice(cell: Cell, work: Path) -> dict[str, float] | None:
     """Test Dice of every case, if the cell is finished."""
-    file = cell.network(work) / "test_cases.json"
-    return {name: metrics[METRIC] for name, metrics in read_cases(file).items()} if file.exists() else None
+    return of_cases(cell.network(work), METRIC)
 
 
 @dataclass(frozen=True)
