@@ -12,7 +12,10 @@ from pathlib import Path
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """Signals that ask a job to save its state and end."""
 
-LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "SLURM_STEP_ID", "SPARK_DIST_CROSSVAL")
+STARTED_BY = "SPARK_DIST_STARTED_BY"
+"""Environment variable that names the process of ours which started a job, perhaps through a launcher."""
+
+LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "SLURM_STEP_ID", STARTED_BY)
 """Environment variables that torchrun, accelerate, srun and crossval set in the processes that they start."""
 
 
@@ -35,20 +38,26 @@ def end_with_parent() -> None:
 
 
 def end_with_launcher() -> None:
-    """From now on, this process ends soon after its launcher does, if it has one (see `LAUNCHERS`).
+    """From now on, this process ends soon after its launcher (see `LAUNCHERS`) or what started that does.
 
     One whose launcher was killed would train on beside those that the same command starts next.
     """
     if not any(name in os.environ for name in LAUNCHERS):
-        return
+        return  # nobody launched it
     launcher = os.getppid()
+    first, _, birth = os.environ.get(STARTED_BY, "").partition(" ")
 
     def watch() -> None:
-        while os.getppid() == launcher:
+        while os.getppid() == launcher and (not first or str(started(int(first))) == birth):
             time.sleep(1)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def started_by_this() -> dict[str, str]:
+    """The environment of processes that end with this one, whatever launches them (see `end_with_launcher`)."""
+    return {STARTED_BY: f"{os.getpid()} {started(os.getpid())}"}
 
 
 def machine() -> str:

@@ -19,7 +19,7 @@ from typing import Annotated
 from data_tools.errors import Interrupted, UserError, unknown_name
 from data_tools.progress import console
 from data_tools.store import Store, open_store
-from data_tools.workers import STOP_SIGNALS
+from data_tools.workers import STOP_SIGNALS, started_by_this
 
 from .cli import INTERRUPTED, REQUEUE
 from .config import DistillOptions, NetworkOptions, TrainingOptions, TrainOptions
@@ -121,7 +121,7 @@ def launcher(options: CrossvalOptions) -> list[str]:
 
 def start(line: Sequence[str]) -> int:
     """Run a job to its end, hand on to it what asks this process to stop, and return its exit code."""
-    process = subprocess.Popen(line, env=os.environ | {"SPARK_DIST_CROSSVAL": "1"})
+    process = subprocess.Popen(line, env=os.environ | started_by_this())
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
         for number in STOP_SIGNALS:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, free_port
 
 from data_tools.cli import main as data_main
 from data_tools.store import open_store
@@ -104,10 +104,15 @@ def test_mistakes_are_one_line(store, capsys, more, message):
 
 
 @pytest.mark.slow
-def test_killed_in_a_later_fold_the_same_command_goes_on_to_one_table(store, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("launcher", ["", "accelerate"])
+def test_killed_in_a_later_fold_the_same_command_goes_on_to_one_table(store, tmp_path, capsys, monkeypatch, launcher):
     monkeypatch.chdir(tmp_path)
     line = ["crossval", "train", "--dataset", str(store), *SMALL, "--network", "enet", "--width", "0.25"]
     line += ["--split", "cv", "--out", "cv", "--tracking-uri", "sqlite:///mlflow.db"]
+    if launcher:
+        config = (ROOT / "accelerate_config.yaml").read_text().replace("num_processes: 2", "num_processes: 1")
+        Path("launch.yaml").write_text(config + f"main_process_port: {free_port()}\n")
+        line += ["--accelerate-config", "launch.yaml"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     first, second = tmp_path / "cv" / "cv-fold0" / "network", tmp_path / "cv" / "cv-fold1"
     process = subprocess.Popen([sys.executable, "-m", "spark_dist.crossval", *line[1:]], env=environment)
