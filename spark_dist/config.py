@@ -161,6 +161,11 @@ class TrackingOptions(ServerOptions):
     """Name of the MLflow run below which this job's run stands, with the other jobs of a sweep."""
     log_every: Count = 10
     """Steps between logged losses, and between looks at signals to stop."""
+    picture_every: Natural = 5
+    """Validations between pictures of the predictions on four val slices (0: none)."""
+    register: str = ""
+    """Name by which the trained network (a job's student) is registered as a model in MLflow, which can load and serve
+    it (none: it is not)."""
 
 
 @dataclass(kw_only=True)
@@ -174,6 +179,8 @@ class TrainingOptions(
         if self.lr_min > self.lr:
             raise UserError(f"--lr-min ({self.lr_min:g}) must be at most --lr ({self.lr:g})")
         self.task = ",".join(names_in(self.task))
+        if not re.fullmatch(r"[\w .-]*", self.register):
+            raise UserError(f"--register {self.register}: a model's name has letters, digits, spaces, '.', '-' and '_'")
 
     @property
     def slice_spec(self) -> SliceSpec:
@@ -205,9 +212,16 @@ class TrainingOptions(
 
     def validates(self, epoch: int, steps: int) -> bool:
         """Whether there is a validation after the epoch counted `epoch` from 0, of so many steps."""
-        if self.val_steps:
-            return (epoch + 1) * steps // self.val_steps > epoch * steps // self.val_steps
-        return (epoch + 1) % self.val_every == 0
+        return self.validations(epoch + 1, steps) > self.validations(epoch, steps)
+
+    def draws(self, epoch: int, steps: int) -> bool:
+        """Whether the first validation of each `picture_every` is among those until then, and not before."""
+        before, after = (self.validations(epochs, steps) for epochs in (epoch, epoch + 1))
+        return bool(self.picture_every) and -(-after // self.picture_every) > -(-before // self.picture_every)
+
+    def validations(self, epochs: int, steps: int) -> int:
+        """How many validations are due within so many epochs of so many steps."""
+        return epochs * steps // self.val_steps if self.val_steps else epochs // self.val_every
 
     @property
     def experiment_name(self) -> str:

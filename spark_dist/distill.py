@@ -27,6 +27,7 @@ from spark_dist.training.frozen_teacher import (
 from spark_dist.training.job import Job, is_done, open_job
 from spark_dist.training.live import LiveTeacher
 from spark_dist.training.loop import Teaching
+from spark_dist.training.outcome import log_outcome
 from spark_dist.training.stage import Stage, build, model_card, stage_tracker, train_stage, without_teacher
 from spark_dist.training.validation import evaluate_on_test
 
@@ -44,6 +45,7 @@ def run(options: DistillOptions) -> None:
             train_together(job)
         else:
             train_in_turns(job)
+        log_outcome(job)
 
 
 def train_in_turns(job: Job) -> None:

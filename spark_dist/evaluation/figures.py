@@ -15,19 +15,14 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from torch import nn
 
 from data_tools.errors import UserError
-from data_tools.labels import fullest
 from data_tools.ownership import MADE_BY
 from data_tools.store import Store
-from spark_dist.data.slices import VoxelReader
 from spark_dist.data.views import SliceSpec
 
 from .comparison import Row
-from .inference import predicted_classes, probabilities
-from .metrics import dice, overlap_counts
+from .panel import LINE, REGIONS, around, shown_slices
 
-REGIONS = ("#35c2b0", "#6ea8ff", "#c58cff", "#9be15d", "#ff8ecb", "#c9a27a", "#5fd3ff", "#b5b5ff")
-"""Colours of the classes in turn."""
-TARGET, MISSED, WRONG = REGIONS[0], "#f2b134", "#e8553e"
+TARGET, MISSED, WRONG = REGIONS[0], LINE, "#e8553e"
 ERRORS = {"missed": MISSED, "predicted where there is none": WRONG}
 FORMATS = frozenset(Figure().canvas.get_supported_filetypes())
 """Endings of the files that figures can be written to."""
@@ -59,26 +54,12 @@ def draw_predictions(
     store: Store, cases: Sequence[str], spec: SliceSpec, networks: Mapping[str, nn.Module], path: Path, rows: int = 4
 ) -> None:
     """Image, ground truth and each network's prediction in the fullest slice of up to `rows` of the cases."""
-    reader, task = VoxelReader(store), store.task(spec.task)
-    shown = []
-    for position in np.unique(np.linspace(0, len(cases) - 1, min(rows, len(cases))).astype(int)):
-        case = store.cases[cases[position]]
-        z = int(fullest(case.voxels(*task.regions))[0])
-        ground_truth = task.classes_of(reader.slice(case.name, "label", z))[np.newaxis]
-        near = np.unique(spec.neighbours([z], case.shape[0])).tolist()
-        image = np.stack([reader.slice(case.name, "image", other) for other in near])
-        predictions = {}
-        for name, network in networks.items():
-            found = probabilities(network, image, case.window, spec, slices=[near.index(z)])
-            predicted = predicted_classes(found, spec.threshold)
-            scores = [
-                dice(overlap_counts(predicted == number, ground_truth == number).sum(axis=0))
-                for number in range(1, task.classes)
-            ]
-            predictions[name] = (predicted[0], float(np.mean(scores)))
-        low, high = case.window
-        grey = np.clip((image[near.index(z)].astype(np.float32) - low) / (high - low), 0, 1)
-        shown.append(PredictedSlice(f"{case.name}, slice {z}", grey, ground_truth[0], predictions))
+    shown = [
+        PredictedSlice(
+            item.name, item.grey, item.ground_truth, {name: item.predicted(n, spec) for name, n in networks.items()}
+        )
+        for item in shown_slices(store, cases, spec, rows)
+    ]
     prediction_figure(shown, path, spec.regions)
 
 
@@ -119,19 +100,6 @@ def draw(axis, image: np.ndarray, parts: Sequence[tuple[np.ndarray, str]], title
     axis.imshow(shown, vmin=0, vmax=1, interpolation="nearest")
     axis.set_title(title, fontsize=8, parse_math=False)
     axis.set_axis_off()
-
-
-def around(region: np.ndarray, margin: float = 0.6) -> tuple[slice, slice]:
-    """A square window around a region (H, W), larger by a margin, so that small targets can be seen."""
-    if not region.any():
-        return slice(None), slice(None)
-    rows, columns = (np.flatnonzero(region.any(axis=axis)) for axis in (1, 0))
-    side = int(max(np.ptp(rows), np.ptp(columns), min(region.shape) // 4) * (1 + margin)) + 1
-    box = []
-    for found, length in zip((rows, columns), region.shape, strict=True):
-        start = max(0, min((found[0] + found[-1] - side) // 2, length - side))
-        box.append(slice(start, start + side))
-    return tuple(box)
 
 
 PALETTE = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -1,6 +1,6 @@
 """Trained networks at work: whole scans to label maps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -57,9 +57,30 @@ class Predictor:
     ) -> Prediction:
         """The prediction for a scan, with `probabilities` if asked for. `advance` is told of the slices as they are
         done, so many at a time."""
-        classes, shares = np.zeros(scan.image.shape, np.uint8), None
+        return self._predict(scan.image, scan.window, probabilities, advance)
+
+    def predict_slices(self, slices: np.ndarray) -> np.ndarray:
+        """The label map of axial `slices` (N, H, W) of one scan in its intensities, one behind the other, which lie and
+        are as fine as those that the network learned from: rows to posterior, columns to left.
+
+        Raises `UserError` for what is no stack of slices, or constant where the window is by the intensities.
+        """
+        if slices.ndim != 3 or not slices.size:
+            raise UserError(f"slices of shape {slices.shape}; give one or several of a scan, (N, H, W)")
+        window = self.card.preparation.window(slices, Path("slices"))
+        return np.array(self.values)[self._predict(slices, window).classes]
+
+    def _predict(
+        self,
+        image: np.ndarray,
+        window: Sequence[float],
+        probabilities: bool = False,
+        advance: Callable[[int], object] = lambda slices: None,
+    ) -> Prediction:
+        """The prediction for slices (Z, H, W) of which `window` become −1 and 1."""
+        classes, shares = np.zeros(image.shape, np.uint8), None
         spec = self.card.spec
-        for start, part in class_probabilities(self.network, scan.image, scan.window, spec):
+        for start, part in class_probabilities(self.network, image, window, spec):
             found, slices = part[:, 1:].swapaxes(0, 1), slice(start, start + len(part))
             classes[slices] = predicted_classes(found, spec.threshold)
             if probabilities:

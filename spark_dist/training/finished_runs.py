@@ -40,12 +40,13 @@ def load_runs(tracking_uri: str, name: str = "") -> tuple[list[Run], list[str]]:
         if not {"journal", *STAGE_TAGS, "width", "method", "parameters"} <= tags.keys():
             continue  # a job above its stages, or somebody else's
         parent = items.get(tags.get("mlflow.parentRunId"))
-        title = f"{parent.info.run_name}/{item.info.run_name}" if parent else item.info.run_name
+        job = tags.get("job") or (parent.info.run_name if parent else "")
+        title = f"{job}/{item.info.run_name}" if job else item.info.run_name
         cases = test_cases(client, item.info.run_id, title)
         if cases is None:
             unfinished.append(title)
             continue
-        above = parent.data.tags if parent else {}
+        above = (parent.data.tags if parent else {}) | tags  # one network's training has no run above it
         role = "student" if tags["role"] == "network" else tags["role"]  # one trained alone is a student alone
         loaded = Run(
             **{key: tags[key] for key in STAGE_TAGS} | {"role": role},

@@ -27,6 +27,8 @@ MAY_DIFFER = (
     "overwrite",
     "allow_teacher_overlap",
     "tracking_uri",
+    "picture_every",
+    "register",
     "workers",
     "log_every",
     "checkpoint_minutes",
@@ -46,6 +48,9 @@ STAGE = (
     "test_cases.json",
     "cases.json",
     "predictions.png",
+    "example.npy",
+    "images/*.png",
+    "images/*.webp",
     *RUN,
     *(f"checkpoints/{name}" for name in STATES),
 )

@@ -1,6 +1,7 @@
 """A training job: its folder, its runs in MLflow, and its stages (a teacher's, a student's)."""
 
 import getpass
+import json
 import os
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -14,8 +15,10 @@ import torch
 from accelerate import Accelerator
 
 from data_tools.errors import Interrupted, UserError
+from data_tools.location import is_local
 from data_tools.ownership import fingerprint
 from data_tools.progress import console
+from data_tools.split import PARTS
 from data_tools.store import Store, open_store
 from spark_dist.config import DistillOptions, TrainingOptions
 from spark_dist.data.coverage import coverage_line, unseen_target
@@ -38,7 +41,7 @@ from .distributed import by_main, listen_for_stop, make_accelerator, shut_down
 from .folder import check_folder, claim, plain
 from .journal import finished
 from .lock import locked
-from .tracking import Tracker, failure_of, null_tracker, open_run, send_rest
+from .tracking import Tracker, failure_of, null_tracker, open_run, page_of, send_rest
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,9 @@ class Job:
     accelerator: Accelerator
     store: Store
     tracker: Tracker
+    """The run above those of the stages; a stand-in where one network is trained, whose run is the job's."""
+    facts: Mapping[str, Any]
+    """Tags of the job's run."""
 
     @property
     def folder(self) -> Path:
@@ -93,7 +99,7 @@ def what_crops_see(store: Store, options: TrainingOptions) -> str:
 
 @contextmanager
 def open_job(options: TrainingOptions, tags: Mapping[str, Any]) -> Iterator[Job]:
-    """Check the options against the data, claim the job's folder, and open the parent run.
+    """Check the options against the data, claim the job's folder, and open the run above those of several stages.
 
     Raises `UserError` if the folder is not a job's, another process works in it, or it holds a job with other options
     or data.
@@ -124,7 +130,8 @@ def open_job(options: TrainingOptions, tags: Mapping[str, Any]) -> Iterator[Job]
     check_warmup(options, transfer)
     data = split_fingerprints(store, options.split)
     facts = {"world_size": accelerator.num_processes, "git_commit": git_commit(), "seed": options.seed}
-    facts |= {"dataset": options.dataset.stem, "task": task, "data": fingerprint(data), **tags}
+    facts |= {"job": options.folder.name, "dataset": options.dataset.stem, "task": task, "data": fingerprint(data)}
+    facts |= tags
     facts |= fold_of(store, options.split, data)
     with ExitStack() as stack:
 
@@ -135,17 +142,45 @@ def open_job(options: TrainingOptions, tags: Mapping[str, Any]) -> Iterator[Job]
             claim(options.folder, options, data | taught)
 
         by_main(accelerator, enter)
-        about = RunFacts(options.folder.name, options.folder, facts, plain(options))
-        with tracked(accelerator, options, about) as tracker:
-            tracker.artifact(options.folder / "config.yaml")
-            job = Job(options, accelerator, store, tracker)
+        with above_stages(accelerator, options, facts) as tracker:
+            tracker.dataset(dataset_facts(store, options))
+            job = Job(options, accelerator, store, tracker, facts)
             if warning:
                 job.say(f"warning: {warning}")
             job.say(by_main(accelerator, lambda: what_crops_see(store, options)))
             yield job
-        if tracker.page:
-            job.say(tracker.page)
+        if accelerator.is_main_process and (page := page_of(options.folder, options.tracking_uri)):
+            job.say(page)
         shut_down(accelerator)
+
+
+def dataset_facts(store: Store, options: TrainingOptions) -> dict[str, str]:
+    """A store as a dataset of MLflow, which knows it by its name and fingerprint."""
+    local = is_local(options.dataset)
+    place = {"uri": str(options.dataset.absolute())} if local else {"url": str(options.dataset)}
+    profile = {"cases": len(store.cases), "labels": ", ".join(store.attributes["labels"])}
+    profile |= {part: len(store.split(options.split, part)) for part in PARTS}
+    return {
+        "name": options.dataset.stem,
+        "digest": store.fingerprint(),
+        "source_type": "local" if local else "http",
+        "source": json.dumps(place),
+        "profile": json.dumps(profile | {"split": options.split}),
+        "context": "training",
+    }
+
+
+@contextmanager
+def above_stages(accelerator: Accelerator, options: TrainingOptions, facts: Mapping[str, Any]) -> Iterator[Tracker]:
+    """The run above those of a job's stages; a stand-in where the job is one network's training, unless an earlier
+    version has begun it with one."""
+    if not isinstance(options, DistillOptions) and not (options.folder / "tracking.jsonl").exists():
+        yield null_tracker()
+        return
+    about = RunFacts(options.folder.name, options.folder, facts, plain(options))
+    with tracked(accelerator, options, about) as tracker:
+        tracker.artifact(options.folder / "config.yaml")
+        yield tracker
 
 
 class RunFacts(NamedTuple):
@@ -168,7 +203,8 @@ def tracked(
     if accelerator.is_main_process:
         tags = {key: str(value) for key, value in (origin(accelerator) | dict(about.tags)).items()}
         uri, experiment = options.tracking_uri, options.experiment_name
-        tracker = open_run(uri, experiment, about.name, about.folder, tags, about.params, parent or options.sweep)
+        above = parent if isinstance(parent, Tracker) else options.sweep
+        tracker = open_run(uri, experiment, about.name, about.folder, tags, about.params, above)
     else:
         tracker = null_tracker()
     status, failure = "FAILED", ""

@@ -27,9 +27,21 @@ TYPES = {
     "step": (int, NoneType),
     "artifact": str,
     "folder": str,
+    "image": str,
+    "files": list,
+    "dataset": dict,
+    "model": str,
+    "example": str,
+    "register": str,
     "status": str,
 }
-NEEDS = {"id": {"time", "experiment", "name", "parent"}, "metrics": {"time", "step"}, "artifact": {"folder"}}
+NEEDS = {
+    "id": {"time", "experiment", "name", "parent"},
+    "metrics": {"time", "step"},
+    "artifact": {"folder"},
+    "image": {"step", "files"},
+}
+NEEDS |= {"model": {"example", "register"}}
 """Entries that an event must have beside another."""
 
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -52,6 +52,8 @@ class StageRun:
     folder: Path
     card: ModelCard
     tracker: Tracker
+    draw: Callable[[torch.nn.Module], np.ndarray]
+    """From a network to a picture of its predictions, (H, W, 3) uint8."""
 
 
 def fit(accelerator: Accelerator, teaching: Teaching, loader: Prefetcher, validate: Validate, run: StageRun) -> None:
@@ -114,6 +116,8 @@ def fit(accelerator: Accelerator, teaching: Teaching, loader: Prefetcher, valida
                 if teaching.live_teacher:
                     teaching.live_teacher.validate(accelerator, validate, epoch + 1, done)
                 metrics |= validate(student)
+                if accelerator.is_main_process and options.draws(epoch, sampler.steps):
+                    run.tracker.image("val_predictions", run.draw(student), done)
                 best, state["best"] = state["best"], max(state["best"], metrics["val/dice"])
                 if state["best"] > best and accelerator.is_main_process:
                     card = replace(run.card, epoch=epoch + 1, val_dice=state["best"])

@@ -8,6 +8,8 @@ import shlex
 import sqlite3
 import sys
 import tempfile
+import warnings
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from data_tools.errors import UserError
 from data_tools.files import write_atomically
 
 from .journal import Event, description
+from .logged_model import log_model
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +68,8 @@ def prepare_mlflow() -> None:
     # What fails is raised as well, and reported once.
     for name in ("alembic", "mlflow.store.db.utils", "mlflow.system_metrics", "urllib3.connectionpool"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*Add type hints to the `predict` method")
 
 
 def make_client(uri: str):
@@ -238,14 +243,31 @@ def deliver(client, run_id: str, folder: Path, events: list[Event]) -> None:
     params = [Param(key, str(value)[:MAX_PARAM_VAL_LENGTH]) for key, value in event.get("params", {}).items()]
     for start in range(0, len(params), MAX_PARAMS_TAGS_PER_BATCH):
         client.log_batch(run_id, params=params[start : start + MAX_PARAMS_TAGS_PER_BATCH])
-    if "artifact" in event:
-        path = folder / event["artifact"]
-        if path.is_file():
-            client.log_artifact(run_id, str(path), event["folder"] or None)
-        else:
-            log.warning("tracking: %s is gone and was not sent", path)
+    for name in [event["artifact"]] if "artifact" in event else event.get("files", ()):
+        if is_there(path := folder / str(name)):
+            client.log_artifact(run_id, str(path), event.get("folder", "images") or None)
+    if "dataset" in event:
+        client.log_inputs(run_id, [dataset_input(event["dataset"])])
+    if "model" in event and all([is_there(folder / event[key]) for key in ("model", "example")]):
+        log_model(client, run_id, folder / event["model"], folder / event["example"], event["register"])
     if "status" in event:
         client.set_terminated(run_id, event["status"], end_time=event["time"])
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file that a journal names can be sent; said if not."""
+    if not path.is_file():
+        log.warning("tracking: %s is gone and was not sent", path)
+    return path.is_file()
+
+
+def dataset_input(facts: Mapping[str, str]):
+    """A dataset as an input of an MLflow run. Logged twice, it is one."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    keys = ("name", "digest", "source_type", "source", "profile")
+    dataset = Dataset(**{key: str(facts.get(key, "")) for key in keys})
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", str(facts.get("context", "")))])
 
 
 def refused(error: Exception) -> bool:

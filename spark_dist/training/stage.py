@@ -3,15 +3,17 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import set_seed
 from torch import nn
 
 from data_tools.errors import UserError
-from data_tools.files import write_text
+from data_tools.files import write_atomically, write_text
 from data_tools.labels import source_values
 from data_tools.preparation import Preparation
 from data_tools.store import Store
@@ -23,6 +25,7 @@ from spark_dist.data.order import EpochSampler
 from spark_dist.data.slices import slice_table
 from spark_dist.distillers import distiller_settings
 from spark_dist.distillers.plain import Plain
+from spark_dist.evaluation.panel import shown_slices
 from spark_dist.networks import build_network
 from spark_dist.networks.checkpoint import ModelCard
 from spark_dist.networks.cost import gflops_of
@@ -32,11 +35,13 @@ from spark_dist.teacher.targets import ForeignTargets, TeacherTargets
 
 from .checkpoint import epochs_done
 from .distillation import Distillation
+from .distributed import by_main
 from .folder import plain
-from .job import Job, RunFacts, is_done, tracked
+from .job import Job, RunFacts, dataset_facts, is_done, tracked
+from .journal import read_journal
 from .loop import StageRun, Teaching, fit
 from .tracking import Tracker
-from .validation import evaluate_on_test, validation
+from .validation import evaluate_on_test, panel, validation
 
 OF_A_STAGE = (
     *("teacher", "student", "method", "weights", "distill_", "allow_", "cache", "rounds", "together", "unlabelled"),
@@ -77,6 +82,9 @@ def train_stage(
     best, stop_epoch = folder / "best.safetensors", stop_epoch or stage.epochs
     if is_done(job, folder):
         job.say(f"{stage.role}: done already, {best}")
+        if by_main(accelerator, lambda: registers(job, stage.role)):
+            with stage_tracker(job, stage.role, model_card(job, stage), build(job, stage), stage.epochs) as tracker:
+                register(job, best, tracker)
         return best
     if stop_epoch < stage.epochs and epochs_done(accelerator, folder) >= stop_epoch:
         return best
@@ -86,7 +94,7 @@ def train_stage(
         adapt(teaching.distillation, options)
         loader = stage_loader(job, teaching.targets)
         with memory_explained(options, accelerator.num_processes):
-            run = StageRun(options, stage.epochs, stop_epoch, folder, card, tracker)
+            run = StageRun(options, stage.epochs, stop_epoch, folder, card, tracker, panel(job))
             fit(accelerator, teaching, loader, validation(job), run)
         if teaching.targets.taught:
             metrics = count_cache_use(job, stage.role, teaching.targets)
@@ -95,7 +103,33 @@ def train_stage(
         if stop_epoch == stage.epochs:
             tracker.artifact(best)
             evaluate_on_test(job, stage.role, SavedNetworks((best,)), folder, tracker, teacher)
+            if by_main(accelerator, lambda: registers(job, stage.role)):
+                register(job, best, tracker)
     return best
+
+
+def registers(job: Job, role: str) -> bool:
+    """Whether a stage's network is still to be registered as a model."""
+    name, events = job.options.register, read_journal(job.folder / role)
+    return bool(name) and role != "teacher" and not any(event.get("register") == name for _, event in events)
+
+
+def register(job: Job, best: Path, tracker: Tracker) -> None:
+    """Register a stage's network as a model of MLflow, a val slice's crop being the example of its input."""
+    example = best.with_name("example.npy")
+    if job.accelerator.is_main_process:
+        (shown,) = shown_slices(job.store, job.store.split(job.options.split, "val"), job.spec, count=1)
+        inside, _ = job.spec.crop.overlap(shown.image.shape[1:])
+        slices = shown.image[shown.position][inside][np.newaxis]
+        write_atomically(example, lambda aside: aside.write_bytes(array_bytes(slices)))
+    tracker.model(best, example, job.options.register)
+
+
+def array_bytes(array: np.ndarray) -> bytes:
+    """An array as a .npy file holds it."""
+    buffer = BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
 
 
 def without_teacher(network: nn.Module) -> Teaching:
@@ -121,7 +155,6 @@ def build(job: Job, stage: Stage) -> nn.Module:
         job.say(f"{stage.network}: support set of {len(names)} training slices, listed in {job.folder}/support.txt")
         if job.accelerator.is_main_process:
             write_text(job.folder / "support.txt", "\n".join(names) + "\n")
-        job.tracker.artifact(job.folder / "support.txt")
     return network
 
 
@@ -156,18 +189,23 @@ def label_values(store: Store, task: str) -> tuple[int, ...]:
 def stage_tracker(
     job: Job, role: str, card: ModelCard, network: nn.Module, epochs: int | None = None
 ) -> Iterator[Tracker]:
-    """A run below the job's, with the tags that runs are compared by; one of a network that is trained elsewhere has no
-    `epochs`."""
-    tags = {key: getattr(card, key) for key in ("network", "width", "method", "seed", "dataset", "split")}
+    """A run below the job's, or the job's where there is none above, with the tags that runs are compared by; one of a
+    network that is trained elsewhere has no `epochs`."""
+    tags = dict(job.facts) if role == "network" else {"job": job.folder.name}
+    tags |= {key: getattr(card, key) for key in ("network", "width", "method", "seed", "dataset", "split")}
     tags |= {"role": role, "task": card.spec.task, "parameters": sum(p.numel() for p in network.parameters())}
     params = stage_params(job.options, card, role, epochs)
     name = f"{run_title(role, card.method)} {card.network}"
     about = RunFacts(name, job.folder / role, tags, params)
     with tracked(job.accelerator, job.options, about, job.tracker) as tracker:
         tracker.metrics({"parameters": tags["parameters"]}, step=0)
-        with suppress(
-            RuntimeError, NotImplementedError, UserError
-        ):  # not on torch's meta device, or of several networks
+        tracker.dataset(dataset_facts(job.store, job.options))
+        if role == "network":
+            tracker.artifact(job.folder / "config.yaml")
+        if hasattr(network, "set_support") and (job.folder / "support.txt").exists():
+            tracker.artifact(job.folder / "support.txt")
+        # Not on torch's meta device, or of several networks.
+        with suppress(RuntimeError, NotImplementedError, UserError):
             rows_columns = card.spec.crop.size
             tracker.metrics({"gflops": gflops_of(card.network, card.width, rows_columns)}, step=0)
         yield tracker

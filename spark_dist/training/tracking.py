@@ -8,7 +8,6 @@ metric is the same one by its key, step and time, which are the journal's. So a 
 more, because its database was removed, is sent all of it again.
 """
 
-import json
 import logging
 import math
 import os
@@ -16,39 +15,30 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_tools.errors import UserError
-from data_tools.files import write_text
+import numpy as np
 
-from .journal import Event, append, description, mend_journal, read_journal, read_state
-from .mlflow_client import (
-    absolute_uri,
-    brief,
-    create_run,
-    deliver,
-    how_to_look,
-    known_run,
-    make_client,
-    refused,
-)
+from data_tools.errors import UserError
+
+from .journal import append, description, mend_journal, read_journal, read_state
+from .mlflow_client import absolute_uri, brief, how_to_look
+from .pictures import write_picture
+from .sender import Sender, sending
 from .system_metrics import SystemMetrics
 
 log = logging.getLogger(__name__)
 
 POLL, LONGEST_PAUSE = 1, 30
 """Seconds between looks at the journal, and between attempts to reach a server that has been away for long."""
-PATIENCE = 10
-"""Seconds that the end of a run waits for the server."""
+PATIENCE, PATIENCE_WITH_MODEL = 10, 180
+"""Seconds that the end of a run waits for the server, and where a model is to be laid out and sent."""
 SYSTEM_SECONDS = 10
 """Seconds between readings of the system metrics."""
-BATCH = 500
-"""Metrics in a request (MLflow takes 1000)."""
-
-_sending = threading.Lock()
-"""Runs of one process send one after another, so that the first imports MLflow and makes the tables and experiment."""
+IMAGES = "mlflow.loggedImages"
+"""The tag of runs by which MLflow's pages know that there are series of pictures."""
 
 
 class Tracker:
@@ -58,9 +48,14 @@ class Tracker:
         """`below`: whether it is a stage of a job that has a run itself."""
         self.folder, self.below = folder, below
         self.sender = Sender(folder, tracking_uri)
-        self.logged = {(key, event["step"]) for _, event in read_journal(folder) for key in event.get("metrics", ())}
+        self.logged = {
+            (key, event["step"])
+            for _, event in read_journal(folder)
+            for key in (*event.get("metrics", ()), *([event["image"]] if "image" in event else []))
+        }
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.ended = threading.Event()
+        self.patience = PATIENCE
 
     @property
     def run_id(self) -> str | None:
@@ -81,9 +76,30 @@ class Tracker:
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Log a file. It is read when it is sent; one in the run's folder may move with the folder."""
+        append(self.folder, {"artifact": self._place(path), "folder": folder})
+
+    def image(self, key: str, picture: np.ndarray, step: int) -> None:
+        """Log a picture (H, W, 3) uint8 RGB of a series at a step. What a resumed run logs again is left out."""
+        if (key, step) in self.logged:
+            return
+        self.logged.add((key, step))
+        files = [self._place(path) for path in write_picture(self.folder / "images", key, picture, step)]
+        append(self.folder, {"image": key, "step": step, "files": files, "tags": {IMAGES: "True"}})
+
+    def dataset(self, facts: Mapping[str, str]) -> None:
+        """Log the dataset: its `name`, `digest`, `source` (a path or URL), `profile` (JSON) and `context`."""
+        append(self.folder, {"dataset": dict(facts)})
+
+    def model(self, path: Path, example: Path, register: str) -> None:
+        """Log a saved network as a model with an example of its input (.npy), and register it by a name. Both files
+        are read when they are sent."""
+        self.patience = PATIENCE_WITH_MODEL
+        append(self.folder, {"model": self._place(path), "example": self._place(example), "register": register})
+
+    def _place(self, path: Path) -> str:
+        """A file as the journal names it: from the run's folder, if it lies there."""
         path, here = Path(path).absolute(), self.folder.absolute()
-        place = path.relative_to(here) if path.is_relative_to(here) else path
-        append(self.folder, {"artifact": str(place), "folder": folder})
+        return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags."""
@@ -97,7 +113,7 @@ class Tracker:
     def _wait(self) -> None:
         """Wait a little until the server has all of a run that has ended."""
         self.ended.set()
-        self.thread.join(PATIENCE)
+        self.thread.join(self.patience)
         if left := self.sender.left():
             later = f"spark-dist track-sync {self.folder} --tracking-uri {self.sender.uri}"
             log.warning(
@@ -117,7 +133,7 @@ class Tracker:
                 # Once per job: the stages are processes of the same.
                 if not ending and not self.below and time.monotonic() - sampled > SYSTEM_SECONDS:
                     sampled = time.monotonic()
-                    with _sending:
+                    with sending:
                         machine = machine or SystemMetrics()
                     append(self.folder, {"metrics": machine.read(), "step": None})
                 sent = self.sender.send()
@@ -136,95 +152,6 @@ class Tracker:
                 self.ended.wait(pause)
 
 
-class Sender:
-    """Sends a journal's events to an MLflow server, from where the last one stopped."""
-
-    def __init__(self, folder: Path, uri: str):
-        self.folder, self.uri = folder, uri
-        self.client = None
-        self.sent = 0
-        """How many events this one has sent."""
-        self.warned: set[str] = set()
-        self.state = read_state(folder, uri)
-
-    def left(self) -> int:
-        """Number of events that are not sent."""
-        return sum(1 for _ in read_journal(self.folder, self.state["sent"]))
-
-    def send(self) -> bool:
-        """Send what is new in the journal. Raises whatever the client raises.
-
-        Returns False if there is something left, because the server does not know the run's parent yet.
-        """
-        if self.client and (self.folder / "tracking.jsonl").stat().st_size == self.state["sent"]:
-            return True
-        with _sending:
-            try:
-                return self._send()
-            except Exception:
-                self.client = None  # so that the next attempt looks whether the server still knows the run
-                raise
-
-    def _send(self) -> bool:
-        if self.client is None:
-            client = make_client(self.uri)
-            if not self._find_run(client):
-                return False
-            self.client = client
-        for batch in batches(read_journal(self.folder, self.state["sent"])):
-            self._deliver([event for _, event in batch])
-            self._save(sent=batch[-1][0])
-            self.sent += len(batch)
-        return True
-
-    def _find_run(self, client) -> bool:
-        """Make the run, and begin at the journal's start, unless the server knows it; False without its parent."""
-        about = description(self.folder)
-        if about is None:
-            raise UserError(
-                f"{self.folder / 'tracking.jsonl'}: the line that describes the run is damaged; start the job again, "
-                "which writes another, or remove the file"
-            )
-        if run := known_run(client, self.folder, self.state["run_id"]):
-            self._save(experiment_id=run.info.experiment_id)
-            return True
-        parent = None
-        if about["parent"]:
-            above = self.folder / about["parent"]
-            parent = read_state(above, self.uri)["run_id"]
-            if not known_run(client, above, parent):
-                return False
-        run = create_run(client, self.uri, about, parent)
-        self._save(run_id=run.info.run_id, experiment_id=run.info.experiment_id, sent=0)
-        return True
-
-    def _deliver(self, events: list[Event]) -> None:
-        """Send events; what the server refuses for good is left out, so that what is behind it need not wait."""
-        if not all(events):
-            self._warn(f"{self.folder / 'tracking.jsonl'} has damaged lines, which are left out")
-        try:
-            deliver(self.client, self.state["run_id"], self.folder, events)
-        except Exception as error:
-            if not refused(error):
-                raise
-            if len(events) > 1:
-                for event in events:
-                    self._deliver([event])
-            else:
-                what = f"{self.uri} refuses a part of {self.folder}, which stays in the journal"
-                self._warn(what, f" ({brief(error)})")
-
-    def _warn(self, what: str, why: str = "") -> None:
-        """A warning, once."""
-        if what not in self.warned:
-            log.warning("tracking: %s%s", what, why)
-            self.warned.add(what)
-
-    def _save(self, **changes: Any) -> None:
-        self.state |= changes
-        write_text(self.folder / "tracking.json", json.dumps(self.state))
-
-
 class _Nothing:
     """The stand-in for a tracker on processes that log nothing."""
 
@@ -234,6 +161,15 @@ class _Nothing:
         pass
 
     def artifact(self, path: Path, folder: str = "") -> None:
+        pass
+
+    def image(self, key: str, picture: np.ndarray, step: int) -> None:
+        pass
+
+    def dataset(self, facts: Mapping[str, str]) -> None:
+        pass
+
+    def model(self, path: Path, example: Path, register: str) -> None:
         pass
 
     def tags(self, values: Mapping[str, str]) -> None:
@@ -326,21 +262,3 @@ def failure_of(error: BaseException) -> str:
     """An error in a line; one of a loader's worker brings the worker's traceback along, and ends with its own line."""
     lines = "".join(traceback.format_exception_only(error)).strip().splitlines()
     return lines[-1].removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")
-
-
-def batches(events: Iterator[tuple[int, Event]]) -> Iterator[list[tuple[int, Event]]]:
-    """Neighbouring metrics together, as many as one request may hold; everything else alone."""
-    batch: list[tuple[int, Event]] = []
-    size = 0
-    for position, event in events:
-        count = len(event.get("metrics", ()))
-        if batch and (not count or size + count > BATCH):
-            yield batch
-            batch, size = [], 0
-        batch.append((position, event))
-        size += count
-        if not count:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

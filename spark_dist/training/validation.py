@@ -4,9 +4,12 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from data_tools.errors import UserError
@@ -14,6 +17,7 @@ from data_tools.files import write_text
 from spark_dist.evaluation.cases import evaluate_cases, format_summaries, summaries
 from spark_dist.evaluation.figures import draw_predictions
 from spark_dist.evaluation.metrics import read_cases, write_cases
+from spark_dist.evaluation.panel import draw_panel, shown_slices
 from spark_dist.networks.checkpoint import ModelCard
 from spark_dist.teacher.saved import SavedNetworks
 
@@ -39,6 +43,15 @@ def validation(job: Job) -> Validate:
     return validate
 
 
+def panel(job: Job) -> Callable[[nn.Module], np.ndarray]:
+    """A function from a network to a picture of its predictions on a few val slices, which are read when it is first
+    called."""
+    cases = job.store.split(job.options.split, "val")
+    slices = cache(lambda: shown_slices(job.store, cases, job.spec))
+    # A copy is not compiled: with --compile, single slices would be compiled for once more.
+    return lambda network: draw_panel(deepcopy(network), slices(), job.spec)
+
+
 def evaluate_on_test(
     job: Job, role: str, saved: SavedNetworks, folder: Path, tracker: Tracker, teacher: SavedNetworks | None = None
 ) -> None:
@@ -58,7 +71,9 @@ def evaluate_on_test(
     tracker.metrics({f"test/{key}": s["mean"] for key, s in summary.items()}, step=0)
     results = results_of(summary, card)
     tracker.metrics(results, step=0)
-    job.tracker.metrics({f"{role}/{key}": value for key, value in results.items()}, step=0)
+    # Under the same names too, so that it stands beside a student alone, which has no run above it.
+    above = {f"{role}/{key}": value for key, value in results.items()} | (results if role == "student" else {})
+    job.tracker.metrics(above, step=0)
     if job.accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         if not before or not picture.exists():
@@ -68,10 +83,16 @@ def evaluate_on_test(
         tracker.artifact(picture)
         tracker.artifact(file)
         write_text(folder / TABLE, json.dumps(as_table(metrics)))
-        tracker.artifact(folder / TABLE)
-        # What MLflow's own log_table leaves, which appends to a table that is there already.
-        tracker.tags({"mlflow.loggedArtifacts": json.dumps([{"path": TABLE, "type": "table"}])})
+        log_table(tracker, folder)
     job.accelerator.wait_for_everyone()
+
+
+def log_table(tracker: Tracker, folder: Path) -> None:
+    """Log the table of a stage's test cases, if it is there, as MLflow's own `log_table` does, which would append to
+    one that has been sent before."""
+    if (folder / TABLE).exists():
+        tracker.artifact(folder / TABLE)
+        tracker.tags({"mlflow.loggedArtifacts": json.dumps([{"path": TABLE, "type": "table"}])})
 
 
 def results_of(summary: Mapping[str, Mapping[str, Any]], card: ModelCard) -> dict[str, float]:

@@ -13,12 +13,12 @@ from spark_dist.evaluation.figures import (
     TARGET,
     WRONG,
     PredictedSlice,
-    around,
     comparison_figure,
     look,
     over_all_seeds,
     prediction_figure,
 )
+from spark_dist.evaluation.panel import around
 
 
 def shares(path, first=0.0, last=1.0):

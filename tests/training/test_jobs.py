@@ -34,7 +34,7 @@ def last_state(stage):
 
 @pytest.mark.launch
 @pytest.mark.slow
-def test_two_processes_train_teacher_and_student_and_reuse_the_cache(distilled, tmp_path):
+def test_two_processes_train_teacher_and_student_and_reuse_the_cache(distilled, jobs, tiny_store, tmp_path):
     import mlflow
 
     first = distilled("one", "--epochs", 2)
@@ -57,8 +57,24 @@ def test_two_processes_train_teacher_and_student_and_reuse_the_cache(distilled, 
     check_pages(client, parent, runs["teacher unet"], runs["spark enet"])
 
     teacher = tmp_path / "one" / "teacher" / "best.safetensors"
+    alone = ("--dataset", tiny_store, *SMALL, "--network", "enet", "--width", 0.25, "--epochs", 1)
+    for out, seed in (("alone", 3407), ("other", 5)):
+        assert jobs("train", *alone, "--seed", seed, "--out", out, folder=tmp_path)[0] == [0]
     second = distilled("two", "--epochs", 2, "--teacher-checkpoint", teacher)
     assert "reuses it" in second.stdout
+    assert "student alone" not in first.stdout
+    assert "to the student alone in " in second.stdout
+    (run,) = client.search_runs([experiment.experiment_id], "attributes.run_name = 'two'")
+    cases = [
+        json.loads((tmp_path / out / "test_cases.json").read_text())["cases"]
+        for out in ("two/student", "alone/network")
+    ]
+    differences = [cases[0][name]["dice"] - cases[1][name]["dice"] for name in cases[0]]
+    assert run.data.metrics["student/difference_to_alone"] == pytest.approx(sum(differences) / len(differences))
+    assert Path(run.data.tags["student_alone"]) == tmp_path / "alone"
+    assert "Distilled less alone" in run.data.tags["mlflow.note.content"]
+    assert "student/difference_to_alone" not in parent.data.metrics
+    assert "cases.json" in {file.path for file in client.list_artifacts(run.info.run_id)}
     assert " 0 by a teacher forward" in second.stdout
     a, b = (load_file(tmp_path / out / "student" / "best.safetensors") for out in ("one", "two"))
     assert all(torch.equal(a[key], b[key]) for key in a)
@@ -78,6 +94,12 @@ def check_pages(client, parent, teacher, student):
         assert metrics["best_val_dice"] == best.value
         for key in ("test_dice", "test_dice_low", "test_misses", "best_val_dice", "best_epoch"):
             assert parent.data.metrics[f"{role}/{key}"] == metrics[key]
+        pictures = {file.path.split("+")[2] for file in client.list_artifacts(run.info.run_id, "images")}
+        steps = [found.step for found in client.get_metric_history(run.info.run_id, "val/dice")]
+        assert pictures == {str(steps[0])}  # one of five validations
+        (used,) = run.inputs.dataset_inputs
+        assert used.dataset.name == "tiny"
+        assert json.loads(used.dataset.profile)["train"] == 5
         table = json.loads(Path(client.download_artifacts(run.info.run_id, "cases.json")).read_text())
         assert [row[0] for row in table["data"]] == ["case_00008", "case_00009", "case_00010"]
         assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": "cases.json", "type": "table"}]

@@ -8,6 +8,7 @@ from conftest import keep_signals
 from torch import nn
 
 from spark_dist.cli import main
+from spark_dist.config import TrainOptions
 from spark_dist.distillers.kd import KD
 from spark_dist.networks.base import Tap, Taps
 from spark_dist.training.distillation import Distillation, distillation_factor
@@ -78,3 +79,16 @@ def test_a_job_follows_its_schedule(tiny_store, tmp_path, monkeypatch):
     assert len(kl) > 2
     assert kl[0] == 0 < kl[1]
     assert all(metrics["train/segmentation"] > 0 for metrics in logged)
+
+
+def test_a_picture_every_so_many_validations():
+    def drawn(epochs=12, steps=10, **options):
+        options = TrainOptions(dataset="x", task="organ", network="enet", **options)
+        return [n for n in range(epochs) if options.draws(n, steps) and options.validates(n, steps)]
+
+    assert drawn() == [0, 5, 10]
+    assert drawn(picture_every=0) == []
+    assert drawn(picture_every=1) == list(range(12))
+    assert drawn(val_every=2) == [1, 11]
+    assert drawn(val_steps=25, picture_every=2) == [2, 7]
+    assert drawn(val_steps=5, picture_every=2) == list(range(12))  # two are due in each epoch, which has one

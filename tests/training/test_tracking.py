@@ -13,6 +13,8 @@ import urllib.request
 from contextlib import closing
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -20,8 +22,9 @@ from data_tools.errors import UserError
 from spark_dist.training.finished_runs import load_runs
 from spark_dist.training.journal import read_journal
 from spark_dist.training.mlflow_client import absolute_uri, make_client
+from spark_dist.training.sender import BATCH, batches
 from spark_dist.training.system_metrics import SystemMetrics
-from spark_dist.training.tracking import BATCH, Tracker, batches, failure_of, null_tracker, open_run, page_of, sync
+from spark_dist.training.tracking import Tracker, failure_of, null_tracker, open_run, page_of, sync
 
 
 @pytest.fixture(scope="session")
@@ -213,6 +216,38 @@ def test_a_run_that_goes_on_with_another_server_is_there_as_a_whole(store, tmp_p
     assert history(other, tmp_path / "r", "loss") == [(1, 1), (2, 2)]
 
 
+def test_pictures_of_a_series_and_the_dataset_are_there_once(store, port, tmp_path):
+    picture = np.zeros((30, 600, 3), np.uint8)
+    picture[:, :300, 0] = 255
+    facts = {"name": "kits", "digest": "abc", "source_type": "local", "source": "{}", "context": "training"}
+    nowhere = f"http://127.0.0.1:{port}"
+    for _ in range(2):  # as before and after a kill
+        tracker = open_run(nowhere, "e", "r", tmp_path / "r", {}, {})
+        tracker.dataset(facts)
+        for step in (5, 10):
+            tracker.image("val/predictions", picture, step)
+        tracker.ended.set()
+    assert len(list((tmp_path / "r" / "images").iterdir())) == 4
+    (tmp_path / "r").rename(tmp_path / "moved")
+    for _ in range(2):
+        sync(tmp_path / "moved", store)
+        (run,) = runs(store)
+        (tmp_path / "moved" / "tracking.json").unlink()
+    client = make_client(store)
+    paths = sorted(file.path for file in client.list_artifacts(run.info.run_id, "images"))
+    assert [path.split("+")[:3] for path in paths[::2]] == [["images/val~predictions", "step", n] for n in ("10", "5")]
+    assert all(path.endswith("+compressed.webp") for path in paths[::2])
+    assert [path.replace("+compressed.webp", ".png") for path in paths[::2]] == paths[1::2]
+    sent = cv2.imread(client.download_artifacts(run.info.run_id, paths[1]))
+    assert (sent[..., ::-1] == picture).all()
+    small = cv2.imread(client.download_artifacts(run.info.run_id, paths[0]))
+    assert small.shape == (12, 256, 3)
+    assert run.data.tags["mlflow.loggedImages"] == "True"
+    (found,) = run.inputs.dataset_inputs
+    assert (found.dataset.name, found.dataset.digest) == ("kits", "abc")
+    assert [(tag.key, tag.value) for tag in found.tags] == [("mlflow.data.context", "training")]
+
+
 def test_what_the_server_refuses_does_not_hold_up_the_rest(store, tmp_path, caplog):
     tracker = open_run(store, "e", "r", tmp_path / "r", {}, {})
     for step in range(3):
@@ -249,6 +284,9 @@ def test_other_processes_have_all_methods_of_a_tracker():
     assert {name for name in vars(Tracker) if not name.startswith("_")} <= set(dir(nothing))
     nothing.metrics({"loss": 1}, 1)
     nothing.artifact("nowhere")
+    nothing.image("key", None, 1)
+    nothing.dataset({})
+    nothing.model("nowhere", "nowhere", "name")
     nothing.tags({})
     nothing.finish("FAILED", "a reason")
     assert nothing.run_id is None
