@@ -18,7 +18,7 @@ lint: $(INSTALLED)  ## ruff and the rooms' contract, as CI runs them
 
 bench: $(INSTALLED)  ## speed and memory, as ratios measured in one run
 	$(BIN)/python -m pip install --quiet -e ".[bench]"
-	for name in store step scaling; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in store "store --augment full" step scaling; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 clean:  ## what quickstart made
 	rm -rf quickstart

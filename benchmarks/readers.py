@@ -120,47 +120,48 @@ def monai_datasets(table: SliceTable, raw: Path, folder: Path) -> dict[str, Data
     return {"monai": on_disk, "memory": CacheDataset(items, transforms, progress=False)}
 
 
+def own_stream(dataset: Dataset, table: SliceTable, workers: int) -> Iterator:
+    """Ready batches without end by the training's loader."""
+    sampler = EpochSampler(Order(len(table), BATCH, 0, ORIENTATIONS))
+    loader = training_loader(dataset, sampler, workers)
+    return endless(loader, sampler, lambda b: (windowed(b.image, b.window), b.label))
+
+
+def torch_stream(dataset: Dataset, table: SliceTable, workers: int, ready: Callable, keyed: bool = False) -> Iterator:
+    """Ready batches without end by torch's loader, slice by slice; `keyed` if a slice is known by its key, and not by
+    its row."""
+    sampler = EpochSampler(Order(len(table), BATCH, 0, ORIENTATIONS))
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler if keyed else RowsOf(sampler),
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        multiprocessing_context="fork" if workers else None,
+    )
+    return endless(loader, sampler, ready)
+
+
+def endless(loader: DataLoader, sampler: EpochSampler, ready: Callable) -> Iterator:
+    """The batches of one epoch after another, made ready."""
+    for epoch in range(10**9):
+        sampler.epoch = epoch
+        yield from map(ready, loader)
+
+
 def loaders(table: SliceTable, folders: dict[str, Path]) -> dict[str, Callable[[int], Iterator]]:
     """For each way, what makes an endless stream of ready batches with a number of workers."""
-
-    def sampler() -> EpochSampler:
-        return EpochSampler(Order(len(table), BATCH, 0, ORIENTATIONS))
-
-    def endless(loader: DataLoader, epochs: EpochSampler, ready: Callable) -> Iterator:
-        for epoch in range(10**9):
-            epochs.epoch = epoch
-            yield from map(ready, loader)
-
-    def own(dataset: Dataset, workers: int) -> Iterator:
-        epochs = sampler()
-        return endless(
-            training_loader(dataset, epochs, workers), epochs, lambda b: (windowed(b.image, b.window), b.label)
-        )
-
-    def by_slice(dataset: Dataset, workers: int, ready: Callable, keyed: bool = True) -> Iterator:
-        epochs = sampler()
-        batches = epochs if keyed else RowsOf(epochs)
-        loader = DataLoader(
-            dataset,
-            batch_sampler=batches,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            multiprocessing_context="fork" if workers else None,
-        )
-        return endless(loader, epochs, ready)
-
-    monai = monai_datasets(table, folders["raw"], folders["monai"])
+    monai, npz = monai_datasets(table, folders["raw"], folders["monai"]), NpzDataset(table, folders["npz"])
 
     def monais(name: str, workers: int) -> Iterator:
-        return by_slice(monai[name], workers, lambda b: (b["image"], b["label"]), keyed=False)
+        return torch_stream(monai[name], table, workers, lambda b: (b["image"], b["label"]))
 
     return {
-        "store": lambda n: own(SliceDataset(table, SPEC), n),
-        "npz": lambda n: by_slice(NpzDataset(table, folders["npz"]), n, lambda b: (b[0], b[1])),
+        "store": lambda n: own_stream(SliceDataset(table, SPEC), table, n),
+        "npz": lambda n: torch_stream(npz, table, n, lambda b: (b[0], b[1]), keyed=True),
         "monai": partial(monais, "monai"),
         "memory": partial(monais, "memory"),
-        "blosc2": lambda n: own(MappedDataset(table, folders["blosc2"], "b2nd"), n),
-        "raw": lambda n: own(MappedDataset(table, folders["raw"], "npy"), n),
+        "blosc2": lambda n: own_stream(MappedDataset(table, folders["blosc2"], "b2nd"), table, n),
+        "raw": lambda n: own_stream(MappedDataset(table, folders["raw"], "npy"), table, n),
     }
 
 

@@ -1,6 +1,6 @@
 """The slice store against other ways of storing slices, side by side in one run.
 
-    python -m benchmarks.store [--volumes 24] [--folder FOLDER]
+    python -m benchmarks.store [--volumes 24] [--folder FOLDER] [--augment full]
 
 Synthetic CT volumes of 512×512×64 are written as .nii.gz and prepared in each way: four of them, and for the store,
 whose command takes a second to start, the same ones over and over under other names. Then batches of 16 random slices
@@ -16,6 +16,9 @@ of the four are read, cropped to 384, oriented and windowed to float32 NCHW with
 
 All ways are measured in turn, round after round; a ratio is the median of the rounds' ratios. The figure goes to
 benchmarks/results/store.png, the numbers to store.json beside it.
+
+With `--augment full`, only reading is measured, of augmented slices, into store-augmented.json: the store's, MONAI's
+PersistentDataset with MONAI's transforms, and blosc2 with those of nnU-Net v2 (see `benchmarks.augmented`).
 """
 
 import argparse
@@ -37,9 +40,10 @@ import psutil
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.readers import BATCH, SPEC, check_equal, loaders
+from benchmarks import augmented, readers
+from benchmarks.readers import BATCH, SPEC
 from benchmarks.volumes import DISTINCT, PREPARE, SHAPE, write_volumes
-from data_tools.store import Store, open_store, write_split
+from data_tools.store import open_store, write_split
 from spark_dist.data.batches import SliceDataset
 from spark_dist.data.order import EpochSampler, Order
 from spark_dist.data.slices import SliceTable, slice_table
@@ -56,11 +60,17 @@ def seconds(work: Callable[[], None]) -> tuple[float, float]:
     return time.perf_counter() - start, sum(os.times()[:4]) - worked
 
 
-def rates(make: dict[str, Callable[[int], Iterator]], workers: int, rounds: int, span: float) -> dict[str, list[float]]:
-    """Batches per second of each way in each round of about `span` seconds."""
+Streams = dict[str, Callable[[int], Iterator]]
+"""For each way, what makes an endless stream of ready batches with a number of workers."""
+
+
+def rates(
+    make: Streams, check: Callable[[dict], None], workers: int, rounds: int, span: float
+) -> dict[str, list[float]]:
+    """Batches per second of each way in each round of about `span` seconds; `check` compares what they read."""
     streams = {name: factory(workers) for name, factory in make.items()}
     if not workers:
-        check_equal(streams)
+        check(streams)
     for stream in streams.values():
         for _ in range(2 + 4 * workers):
             next(stream)
@@ -171,19 +181,24 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=7, help="rounds of each way of reading (default 7)")
     options.add_argument("--span", type=float, default=1.0, help="seconds of a round (default 1)")
     options.add_argument("--folder", type=Path, help="where to work, kept (default: a temporary folder)")
+    options.add_argument("--augment", choices=["flips", "full"], default="flips", help="what slices are read with")
     options = options.parse_args()
     warnings.filterwarnings("ignore", module="monai|torch")
     torch.set_num_threads(1)
     work = options.folder or Path(tempfile.mkdtemp(prefix="spark-store-"))
+    name = "store" if options.augment == "flips" else "store-augmented"
     try:
-        result = measure(work, options)
+        result = measure(work, options) if options.augment == "flips" else measure_augmented(work, options)
     finally:
         if not options.folder:
             shutil.rmtree(work)
-    report(result)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "store.json").write_text(json.dumps(result, indent=2) + "\n")
-    draw(result, RESULTS / "store.png")
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    if options.augment == "flips":
+        report(result)
+        draw(result, RESULTS / f"{name}.png")
+    else:
+        report_reading(result)
 
 
 def measure(work: Path, options: argparse.Namespace) -> dict:
@@ -203,21 +218,55 @@ def measure(work: Path, options: argparse.Namespace) -> dict:
         files, size = files_and_bytes(folders[name])
         result["files"][name], result["bytes"][name] = files / slices, size / slices
     memory = {"peak of a prepare process": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024}
-    store: Store = open_store(folders["store"])
-    write_split(folders["store"], "all", {"train": list(store.cases)[:DISTINCT], "val": [], "test": [], "seed": 0})
-    table = slice_table(open_store(folders["store"]), "all", "train", "organ", "all")
-    result["batches"], result["ratios"] = {}, {}
-    for workers in (0, 2):
-        print(f"reading with {workers} workers", flush=True)
-        found = rates(loaders(table, folders), workers, options.rounds, options.span)
-        result["batches"][str(workers)] = {name: statistics.median(values) for name, values in found.items()}
-        result["ratios"][str(workers)] = {
-            name: statistics.median(a / b for a, b in zip(found["store"], found[name], strict=True)) for name in TARGETS
-        }
-        gc.collect()
+    table = table_of(folders["store"])
+    result |= read(readers.loaders(table, folders), readers.check_equal, options)
     print("10,000 epochs", flush=True)
     result["memory"] = memory | loader_growth(table)
     return result
+
+
+def measure_augmented(work: Path, options: argparse.Namespace) -> dict:
+    """The numbers of reading augmented slices."""
+    folders = {name: work / name for name in ("store", "blosc2", "raw", "monai")}
+    write_volumes(work / "nifti", DISTINCT)
+    for name in ("store", "blosc2", "raw"):
+        print(f"preparing: {name}", flush=True)
+        PREPARE[name](work / "nifti", folders[name])
+    table = table_of(folders["store"])
+    read_all = augmented.loaders(table, folders)
+    return {"machine": machine(), "slices": len(table)} | read(read_all, augmented.check_alike, options)
+
+
+def table_of(folder: Path) -> SliceTable:
+    """All slices of the distinct volumes of a store."""
+    cases = list(open_store(folder).cases)[:DISTINCT]
+    write_split(folder, "all", {"train": cases, "val": [], "test": [], "seed": 0})
+    return slice_table(open_store(folder), "all", "train", "organ", "all")
+
+
+def read(make: Streams, check: Callable[[dict], None], options: argparse.Namespace) -> dict:
+    """Ready batches per second without workers and with two, and the store's over each other way's."""
+    result = {"batches": {}, "ratios": {}}
+    for workers in (0, 2):
+        print(f"reading with {workers} workers", flush=True)
+        found = rates(make, check, workers, options.rounds, options.span)
+        result["batches"][str(workers)] = {name: statistics.median(values) for name, values in found.items()}
+        result["ratios"][str(workers)] = {
+            name: statistics.median(a / b for a, b in zip(found["store"], found[name], strict=True))
+            for name in make
+            if name != "store"
+        }
+        gc.collect()
+    return result
+
+
+def report_reading(result: dict) -> None:
+    """Print ready batches per second, and the store's over each other way's."""
+    print(f"\n{result['machine']}")
+    for workers, found in result["batches"].items():
+        for name, rate in found.items():
+            ratio = result["ratios"][workers].get(name)
+            print(f"  {workers} workers, {name:8}{rate:8.3g}" + (f"   the store {ratio:.2f} times" if ratio else ""))
 
 
 if __name__ == "__main__":

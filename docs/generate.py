@@ -9,7 +9,7 @@ import torch
 from spark_dist.data.number_formats import entry_bytes
 from spark_dist.distillers import DISTILLERS, build_distiller, distiller_settings
 from spark_dist.networks import NETWORKS, build_network
-from spark_dist.networks.cost import example, gflops_of
+from spark_dist.networks.cost import Model, example, gflops_of
 from spark_dist.teacher.fingerprint import probe_targets
 
 CROP = (384, 384)
@@ -78,7 +78,7 @@ def networks_table() -> str:
             output = network(example(network, CROP))
         low, high = ("×".join(map(str, t.shape[1:])) for t in (output.low, output.high))
         parameters = sum(p.numel() for p in network.parameters())
-        gflops = gflops_of(name, 1.0, CROP)
+        gflops = gflops_of(Model(name), CROP)
         lines.append(f"| `{name}` | {parameters:,} | {gflops:.3f} | {low} | {high} | {network.stride} |")
     return "\n".join(lines) + "\n"
 

@@ -15,6 +15,7 @@ from spark_dist.data.views import Crop, SliceSpec
 
 from .options import (
     Bounds,
+    Context,
     Count,
     Decay,
     Minutes,
@@ -67,7 +68,7 @@ class DataOptions(Options):
     views: Annotated[int, Bounds(at_least=-1, at_most=2**20)] = 0
     """How many views each slice has, which a teacher cache can keep (0: one for none, one for each orientation for
     flips, eight for full or crops from anywhere; -1: a new view in each epoch, which no cache can keep)."""
-    context: Annotated[int, Bounds(at_least=0, at_most=64)] = 0
+    context: Context = 0
     """Neighbouring slices on either side that networks are given as further input channels (2.5D); where a volume ends,
     its last slice is repeated."""
     support_slices: Count = 64

@@ -40,6 +40,7 @@ Seed = Annotated[int, Bounds(at_least=0, below=2**32)]
 """A seed that NumPy, Python and torch all take."""
 Pixels = Annotated[int, Bounds(at_least=1, at_most=2**14)]
 Offset = Annotated[int, Bounds(at_least=-(2**14), at_most=2**14)]
+Context = Annotated[int, Bounds(at_least=0, at_most=64)]
 Workers = Annotated[int, Bounds(at_least=0, at_most=1024)]
 Minutes = Annotated[float, Bounds(above=0, at_most=MANY)]
 Number = Annotated[float, Bounds()]

@@ -1,4 +1,4 @@
-"""The cost of networks: spark-dist profile [NETWORK …] --crop 384"""
+"""The cost of networks: spark-dist profile [NETWORK …] --crop 384 [--task organ,tumour] [--context 1]"""
 
 if __name__ == "__main__":
     from spark_dist.cli import module_main
@@ -12,12 +12,14 @@ import torch
 from rich.table import Table
 
 from data_tools.errors import UserError
+from data_tools.labels import names_in
 from data_tools.progress import console
 from data_tools.tables import check_tables, write_tables
+from spark_dist.data.views import Crop, SliceSpec
 from spark_dist.networks import NETWORKS
-from spark_dist.networks.cost import Cost, check_fits, measure
+from spark_dist.networks.cost import Cost, Model, check_fits, measure
 
-from .options import Count, Options, Pixels, Width
+from .options import Context, Count, Options, Pixels, Width
 
 
 @dataclass(kw_only=True)
@@ -29,6 +31,11 @@ class ProfileOptions(Options):
     """Side of a square slice, in pixels."""
     width: Width = 1.0
     """Factor on the number of filters."""
+    task: str = "organ"
+    """The regions that are told apart, as in training (organ,tumour): the network has a class for each, and the
+    background."""
+    context: Context = 0
+    """Neighbouring slices on either side that the network is given, as in training."""
     repeats: Count = 10
     """Forward passes that the median latency is of."""
     device: str = ""
@@ -40,6 +47,8 @@ class ProfileOptions(Options):
 
     def __post_init__(self):
         super().__post_init__()
+        if names_in(self.task) == ["all"]:
+            raise UserError("--task all: name the regions (organ,tumour), as no data set says here which they are")
         if self.device and self.device not in (found := devices()):
             raise UserError(f"--device {self.device}: there is none of that name here, only {', '.join(found)}")
 
@@ -54,9 +63,13 @@ def run(options: ProfileOptions) -> None:
     device = torch.device(options.device or devices()[0])
     for name in names:
         check_fits(name, options.width, options.crop)
-    costs = [measure(name, options.width, options.crop, device, options.repeats) for name in names]
+    spec = SliceSpec(options.task, Crop((options.crop, options.crop)), context=options.context)
+    models = [Model(name, options.width, spec.channels, spec.classes) for name in names]
+    costs = [measure(model, options.crop, device, options.repeats) for model in models]
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    table = Table(title=f"one {options.crop}×{options.crop} slice, {where}")
+    what = f"one {options.crop}×{options.crop} slice"
+    what += f" and {2 * options.context} neighbours" if options.context else ""
+    table = Table(title=f"{what}, {spec.classes} classes, {where}")
     for name in ("network", "parameters", "GFLOPs", "activations MiB", "latency ms"):
         table.add_column(name, justify="left" if name == "network" else "right", no_wrap=True)
     for c in costs:

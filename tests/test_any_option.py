@@ -102,7 +102,7 @@ def stops_where_the_work_begins(folder, monkeypatch):
     monkeypatch.setattr(spark_dist.training.job, "tracked", stop)
     monkeypatch.setattr(cache, "make_accelerator", begin)
     monkeypatch.setattr(crossval, "start", begin)
-    monkeypatch.setattr(profile, "measure", lambda name, *_: Cost(name, 1, 1.0, 1.0, 1.0))
+    monkeypatch.setattr(profile, "measure", lambda model, *_: Cost(model.network, 1, 1.0, 1.0, 1.0))
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.chdir(folder)
 

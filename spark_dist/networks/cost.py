@@ -40,16 +40,32 @@ def check_fits(name: str, width: float, crop: int) -> None:
         raise UserError(f"--crop {crop} must be a multiple of {network.stride} for {name}")
 
 
+@dataclass(frozen=True)
+class Model:
+    """What a network's cost depends on, besides the slice."""
+
+    network: str
+    width: float = 1.0
+    in_channels: int = 1
+    """A slice and its neighbours (`SliceSpec.channels`)."""
+    classes: int = 2
+    """The background, and one for each region of the task."""
+
+    def build(self) -> nn.Module:
+        """The network with fresh weights."""
+        return build_network(self.network, self.in_channels, self.classes, self.width)
+
+
 @torch.no_grad()
-def measure(name: str, width: float, crop: int, device: torch.device, repeats: int) -> Cost:
+def measure(model: Model, crop: int, device: torch.device, repeats: int) -> Cost:
     """Measure one network on a slice of `crop`×`crop` pixels."""
-    check_fits(name, width, crop)
-    network = build_network(name, width=width).to(device).eval()
-    image = example(network, (crop, crop))
+    check_fits(model.network, model.width, crop)
+    network = model.build().to(device).eval()
+    image = example(network, (crop, crop), model.in_channels)
     with LiveMemory() as memory:
         network(image)
     return Cost(
-        network=name,
+        network=model.network,
         parameters=sum(p.numel() for p in network.parameters()),
         gflops=gflops(network, image),
         activations_mib=memory.peak / 2**20,
@@ -58,11 +74,11 @@ def measure(name: str, width: float, crop: int, device: torch.device, repeats: i
 
 
 @cache
-def gflops_of(name: str, width: float, size: tuple[int, int]) -> float:
+def gflops_of(model: Model, size: tuple[int, int]) -> float:
     """GFLOPs of a network on one slice (H, W) in evaluation, computed without its weights."""
     with torch.device("meta"):
-        network = build_network(name, width=width).eval()
-        return gflops(network, example(network, size))
+        network = model.build().eval()
+        return gflops(network, example(network, size, model.in_channels))
 
 
 @torch.no_grad()
@@ -73,11 +89,11 @@ def gflops(network: nn.Module, image: Tensor) -> float:
     return flops.get_total_flops() / 1e9
 
 
-def example(network: nn.Module, size: tuple[int, int]) -> Tensor:
-    """A slice (1, 1, H, W) of noise where the network is, which gets 8 examples if it is shown any."""
-    image = torch.randn(1, 1, *size, device=next(network.parameters()).device)
+def example(network: nn.Module, size: tuple[int, int], channels: int = 1) -> Tensor:
+    """A slice (1, channels, H, W) of noise where the network is, which gets 8 examples if it is shown any."""
+    image = torch.randn(1, channels, *size, device=next(network.parameters()).device)
     if hasattr(network, "set_support"):
-        network.set_support(image.expand(8, -1, -1, -1), (image > 0).float().expand(8, -1, -1, -1))
+        network.set_support(image.expand(8, -1, -1, -1), (image[:, :1] > 0).float().expand(8, -1, -1, -1))
     return image
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import UserError, unknown_name
+from spark_dist.data.views import Crop, SliceSpec
 from spark_dist.evaluation.comparison import Run
 from spark_dist.evaluation.folds import pool_folds
 from spark_dist.evaluation.metrics import read_cases
-from spark_dist.networks.cost import gflops_of
+from spark_dist.networks.cost import Model, gflops_of
 
 from .mlflow_client import SQLITE, absolute_uri, brief, make_client
 
@@ -99,10 +100,12 @@ def operations(item) -> float | None:
     known here."""
     if "gflops" in item.data.metrics:
         return item.data.metrics["gflops"]
+    tags, params = item.data.tags, item.data.params
     try:
-        crop = json.loads(item.data.params["crop"].replace("(", "[").replace(")", "]"))
+        crop = json.loads(params["crop"].replace("(", "[").replace(")", "]"))
         rows, columns = (crop, crop) if isinstance(crop, int) else crop
-        return gflops_of(item.data.tags["network"], float(item.data.tags["width"]), (rows, columns))
+        spec = SliceSpec(tags["task"], Crop((rows, columns)), context=int(params.get("context", 0)))
+        return gflops_of(Model(tags["network"], float(tags["width"]), spec.channels, spec.classes), spec.crop.size)
     except (KeyError, ValueError, TypeError, UserError):
         return None
 

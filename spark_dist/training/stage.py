@@ -28,7 +28,7 @@ from spark_dist.distillers.plain import Plain
 from spark_dist.evaluation.panel import shown_slices
 from spark_dist.networks import build_network
 from spark_dist.networks.checkpoint import ModelCard
-from spark_dist.networks.cost import gflops_of
+from spark_dist.networks.cost import Model, gflops_of
 from spark_dist.networks.resnet import load_pretrained
 from spark_dist.teacher.saved import SavedNetworks
 from spark_dist.teacher.targets import ForeignTargets, TeacherTargets
@@ -206,8 +206,8 @@ def stage_tracker(
             tracker.artifact(job.folder / "support.txt")
         # Not on torch's meta device, or of several networks.
         with suppress(RuntimeError, NotImplementedError, UserError):
-            rows_columns = card.spec.crop.size
-            tracker.metrics({"gflops": gflops_of(card.network, card.width, rows_columns)}, step=0)
+            model = Model(card.network, card.width, card.in_channels, card.classes)
+            tracker.metrics({"gflops": gflops_of(model, card.spec.crop.size)}, step=0)
         yield tracker
 
 

@@ -12,7 +12,7 @@ from spark_dist.evaluation.comparison import Run, compare
 from spark_dist.evaluation.intervals import seeds_interval
 from spark_dist.evaluation.metrics import write_cases
 from spark_dist.evaluation.tables import as_latex, as_markdown, columns, heading, remarks
-from spark_dist.networks.cost import gflops_of
+from spark_dist.networks.cost import Model, gflops_of
 from spark_dist.training.finished_runs import load_runs, with_known_data
 from spark_dist.training.mlflow_client import make_client
 from spark_dist.training.tracking import open_run
@@ -390,8 +390,8 @@ def test_the_cost_of_a_network_is_as_logged_or_computed(store, tmp_path):
     runs, _ = load_runs(store)
     assert {run.seed: (run.gflops, run.latency_ms) for run in runs} == {
         "0": (1.5, 12.0),
-        "1": (pytest.approx(gflops_of("enet", 1.0, (64, 64))), None),
-        "2": (pytest.approx(gflops_of("enet", 1.0, (64, 128))), None),
+        "1": (pytest.approx(gflops_of(Model("enet"), (64, 64))), None),
+        "2": (pytest.approx(gflops_of(Model("enet"), (64, 128))), None),
         "3": (None, None),
         "4": (None, None),
     }
