@@ -178,7 +178,7 @@ class Result:
     low: float | None = None
     high: float | None = None
     gap_closed: float | None = None
-    """The difference over that of the teacher to the student alone."""
+    """The difference over that of its own teacher to the student alone."""
     control: tuple[float, float, float] | None = None
     """Difference to the arm whose teacher is like the student, low and high."""
     minutes: float | None = None
@@ -210,9 +210,10 @@ def result(labelled: int, arm: str, values: Mapping[str, Mapping[int, dict]], wo
         if (file := Cell(labelled, d, arm).folder(work) / "minutes.txt").exists()
     ]
     alone = to("alone")
-    both = sorted(values[arm].keys() & values["alone"].keys() & values["teacher"].keys())
+    teacher = ARMS[arm].teacher
+    both = sorted(values[arm].keys() & values["alone"].keys() & values[teacher].keys())
     gap = (
-        np.mean([[np.mean(list(values[a][d].values())) for a in (arm, "alone", "teacher")] for d in both], axis=0)
+        np.mean([[np.mean(list(values[a][d].values())) for a in (arm, "alone", teacher)] for d in both], axis=0)
         if both
         else None
     )
