@@ -1,8 +1,5 @@
 """Predictions by a foreign model for the cases of a store, prepared beside them (see `predictions`)."""
 
-import shutil
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +12,22 @@ from nibabel.orientations import apply_orientation
 from .arrays import SHARD_SLICES, create_array_of_slices, in_rows
 from .creation import aside, left_behind
 from .errors import UserError, say_error, unknown_name
+from .identity import strangers
 from .labels import in_order
 from .layouts import named
-from .location import first_line, is_local, zarr_place
+from .location import first_line, is_local, remove, zarr_place
 from .nifti import Header, read_header, read_voxels
+from .ownership import owned, remove_owned
 from .predictions import FORMAT
 from .progress import console, progress
-from .sealed import is_sealed, read_sealed, write_sealed
+from .sealed import is_sealed, read_sealed, write_group, write_sealed
 from .store import Case, Store, check_name
 from .volumes import check_same_grid, resized, sha256, stored_label
 
 SUM_TOLERANCE = 0.01
 """How far the probabilities of a voxel may be from a sum of 1."""
+PARTS = ("zarr.json", "label", "probabilities")
+"""All that is in the folder of a case's prediction."""
 NPZ_KEYS = ("probabilities", "softmax")
 """Names of the array in the .npz files of nnU-Net, version 2 and 1."""
 
@@ -68,7 +69,7 @@ def prepare_predictions(store: Store, foreign: Foreign, only: str | None = None,
         for case, file in files.items():
             try:
                 done += prepare_prediction(store, store.cases[case], file, foreign, replace)
-            except UserError as error:
+            except (UserError, OSError) as error:
                 failed += 1
                 say_error(f"{case}: {error}")
             bar.advance(bar.task_ids[0])
@@ -107,6 +108,8 @@ def prepare_prediction(store: Store, case: Case, file: Path, foreign: Foreign, r
                 f"{folder}: holds {'another prediction' if before else 'something else, or is damaged'}; "
                 + ("pass --replace, or give another --name" if before else "move it away")
             )
+        if other := next(strangers(folder, PARTS), None):
+            raise UserError(f"{folder}: holds {other}, which is no part of a prediction; move it away")
     names = list(in_order(store.attributes["labels"]))
     if file.suffix == ".npz":
         voxels, key = read_probabilities(file, case, names, foreign), "probabilities"
@@ -118,22 +121,25 @@ def prepare_prediction(store: Store, case: Case, file: Path, foreign: Foreign, r
 
 def write_prediction_of(folder: Path, key: str, voxels: np.ndarray, facts: Mapping[str, Any]) -> None:
     """The folder of a case's prediction, whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     for left in left_behind(folder):
-        shutil.rmtree(left)
-    new = aside(folder)
+        if owned(left, "prediction"):
+            remove_owned(left, "prediction")
+    new, old = aside(folder), aside(folder)
     try:
-        group = zarr.create_group(zarr_place(new))
+        # What a kill leaves bears the mark by which the next run removes it.
+        write_group(new, {"format": FORMAT})
+        group = zarr.open_group(zarr_place(new))
         array = create_array_of_slices(group, key, voxels)
         for start in range(0, len(voxels), SHARD_SLICES):
             block = voxels[start : start + SHARD_SLICES]
             array[start : start + SHARD_SLICES] = in_rows(block) if block.ndim == 3 else np.ascontiguousarray(block)
         write_sealed(group, new, facts)
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(old)
         new.rename(folder)
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        for made in (new, old):
+            remove(made)
 
 
 def read_labels(file: Path, case: Case, names: Sequence[str], foreign: Foreign) -> np.ndarray:
@@ -156,13 +162,16 @@ def read_probabilities(file: Path, case: Case, names: Sequence[str], foreign: Fo
     Raises `UserError` for a damaged file, another grid, classes that are not declared, and what are no probabilities.
     """
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        arrays = np.load(file, allow_pickle=False)
+        if not isinstance(arrays, np.lib.npyio.NpzFile):
+            raise ValueError("it is a single array; save it with numpy.savez")
+        with arrays:
             key = next((key for key in NPZ_KEYS if key in arrays), None)
             found = arrays[key].astype(np.float32) if key else None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # zip and NumPy have a dozen for bad bytes, without a common base
         raise UserError(f"{file}: can't be read as .npz ({first_line(error)}); copy or make it again") from None
     header = source_header(case)
-    if found is None or found.ndim != 4 or found.shape[1:] != header.shape[::-1]:
+    if found is None or found.ndim != 4 or found.shape[1:] != header.shape[::-1] or not len(found):
         raise UserError(
             f"{file}: is of another grid than the image; an array '{NPZ_KEYS[0]}' of shape (classes, "
             f"{', '.join(map(str, header.shape[::-1]))}) is needed, not {found.shape if found is not None else 'none'}"

@@ -251,4 +251,6 @@ def named(cases: Iterable[str], only: str | None) -> list[str]:
         if not matching:
             raise UserError(f"--only {only}: {unknown_name('case', pattern, names)}")
         chosen.update(matching)
+    if not chosen:
+        raise UserError("--only: names no case; give names or patterns with commas between, or leave it out")
     return sorted(chosen)

@@ -6,6 +6,7 @@ A name or a shape is no mark: anybody's folder can be called `cache`, or have a 
     cache    description.json, whose facts hash to the folder's own name (see `fingerprint`)
     job      job.json
     case     zarr.json, whose attributes have the case's name, its folder's, and the identity of its store
+    prediction  zarr.json, whose attributes have the format of a prepared prediction
     file     the words `MADE_BY` near its start: a comment, a field of its header
 """
 
@@ -35,6 +36,7 @@ MARKS = {
     "cache": Mark("description.json", "spark-dist teacher cache"),
     "job": Mark("job.json", "spark-dist job"),
     "case": Mark("zarr.json", ""),
+    "prediction": Mark("zarr.json", "spark-dist prediction"),
 }
 MADE_BY = "made by spark-dist"
 """The words near the start of a file that may be written over."""
@@ -65,7 +67,7 @@ def owned(folder: Path, kind: str) -> dict[str, Any] | None:
         facts = json.loads((folder / MARKS[kind].file).read_text())
     except (OSError, ValueError, RecursionError):
         return None
-    if kind in ("store", "case") and isinstance(facts, dict):
+    if kind in ("store", "case", "prediction") and isinstance(facts, dict):
         facts = facts.get("attributes")
     if not isinstance(facts, dict):
         return None

@@ -146,7 +146,7 @@ def with_teacher(job: Job, teacher: SavedNetworks, epochs: range, student: nn.Mo
 def with_predictions(job: Job, student: nn.Module) -> Teaching:
     """A student with the distiller between it and a foreign teacher's predictions."""
     targets = foreign_teacher(job, student.taps)
-    return Teaching(Distillation(student, targets.distiller), targets)
+    return Teaching(Distillation(student, targets.distiller, schedule=schedule_of(job.options)), targets)
 
 
 def with_live_teacher(job: Job, teacher: LiveTeacher, student: nn.Module) -> Teaching:

@@ -212,7 +212,7 @@ TELLING += [
     "1" * 30,
 ]
 PLACES = ["s.zarr", "kits", "theirs", "theirs/index.html", "theirs/zarr.json", "out", "out/new.nii.gz", "out/x.png"]
-PLACES += ["../work/out/p", "nowhere", "", "theirs/notes.txt/x", "l" * 300, "{x}_$y", "lists.json", "out/[/x]"]
+PLACES += ["masks", "../work/out/p", "nowhere", "", "theirs/notes.txt/x", "l" * 300, "{x}_$y", "lists.json", "out/[/x]"]
 
 
 def values_of(action):
@@ -221,7 +221,7 @@ def values_of(action):
         return st.sampled_from([*action.choices, "", "no"])
     if action.dest in COSTLY:
         return st.sampled_from(COSTLY[action.dest])
-    if action.dest in ("out", "input", "store", "source", "lists", "prediction"):
+    if action.dest in ("out", "input", "store", "source", "lists", "prediction", "folder"):
         return st.sampled_from(PLACES)
     numbers = st.one_of(st.integers(-3, 9), st.integers(), st.floats())
     text = st.text(st.characters(exclude_characters="\0", exclude_categories=[]), max_size=8)
@@ -231,6 +231,7 @@ def values_of(action):
 USUAL = {
     "store": "s.zarr",
     "input": "kits",
+    "folder": "masks",
     "case": "case_00000",
     "layout": "kits",
     "labels": "organ=1,tumour=2",
@@ -251,6 +252,8 @@ def lines(draw, command):
     line = [command]
     for action in actions:
         usual = USUAL | {"out": "out/new.nii.gz" if command == "export" else "out/new"}
+        if command == "predictions":
+            usual |= {"name": "theirs", "labels": None}
         if command == "prepare":
             usual |= {"store": "out/new.zarr", "size": None}
         if action not in tried and (action.nargs == 0 or usual.get(action.dest) is None):
@@ -271,12 +274,16 @@ def work(prepared, tmp_path_factory):
     options = ["--layout", "kits", "--labels", "organ=1,tumour=2", "--workers", "1"]
     assert main(["prepare", str(folder / "kits"), str(folder / "s.zarr"), *options]) == 0
     (folder / "lists.json").write_text('{"train": ["case_00000"], "val": ["case_00001"]}')
+    (folder / "masks").mkdir()
+    for case in ("case_00000", "case_00001"):
+        shutil.copy(folder / "kits" / case / "segmentation.nii.gz", folder / "masks" / f"{case}.nii.gz")
     (folder / "theirs").mkdir()
     for name in ("index.html", "zarr.json", "notes.txt"):
         (folder / "theirs" / name).write_text("{}")
     return folder
 
 
+MORE = int(os.environ.get("SPARK_DIST_EXAMPLES", 1))
 EXAMPLES = {"preview": 20, "stats": 20, "phantom": 40}
 COMMANDS = ["phantom", "prepare", "predictions", "verify", "export", "split", "preview", "stats", "info"]
 
@@ -292,18 +299,18 @@ def test_any_values_of_all_options(work, monkeypatch, capsys, command):
     theirs = {name: content for name, content in all_files(work.parent).items() if "/s.zarr/" not in name}
     names = {*os.listdir(work), "out", "nowhere", "l" * 300, "{x}_$y", "s-preview", "s-stats.png"}
 
-    @settings(max_examples=EXAMPLES.get(command, 60), deadline=None, database=None)
+    @settings(max_examples=MORE * EXAMPLES.get(command, 60), deadline=None, database=None)
     @given(lines(command))
     def check(line):
         capsys.readouterr()
         files = all_files(work / "s.zarr").items()
-        stored = {name: content for name, content in files if name.startswith("cases/case_")}
+        stored = {name: content for name, content in files if name.startswith(("cases/case_", "predictions/"))}
         try:
             code = main(line)
         except SystemExit as exit:
             code = exit.code
         out, err = capsys.readouterr()
-        assert code in ((0, 1, 2) if command in ("prepare", "verify") else (0, 2))
+        assert code in ((0, 1, 2) if command in ("prepare", "predictions", "verify") else (0, 2))
         assert "Traceback" not in out + err
         if code == 2:
             assert len(err.splitlines()) == 1, err
