@@ -42,7 +42,7 @@ def check_fits(name: str, width: float, crop: int) -> None:
 
 @dataclass(frozen=True)
 class Model:
-    """What a network's cost depends on, besides the slice."""
+    """A network with all that its cost depends on, besides the slice."""
 
     network: str
     width: float = 1.0
