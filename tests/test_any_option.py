@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from nifti_cases import save
 
 import spark_dist.training.job
+import spark_dist.training.stage
 from data_tools.errors import Interrupted
 from data_tools.files import write_text
 from data_tools.store import open_store, write_split, write_splits
@@ -100,7 +101,8 @@ def stops_where_the_work_begins(folder, monkeypatch):
 
     for name in COMMANDS:  # A module that is imported meanwhile would keep what stands here for a test.
         import_module(f"spark_dist.{name.replace('-', '_')}")
-    monkeypatch.setattr(spark_dist.training.job, "tracked", stop)
+    for module in (spark_dist.training.job, spark_dist.training.stage):
+        monkeypatch.setattr(module, "tracked", stop)
     monkeypatch.setattr(cache, "make_accelerator", begin)
     monkeypatch.setattr(crossval, "start", begin)
     monkeypatch.setattr(export, "export_onnx", lambda path, *_: write_text(path, "all is checked") or begin())
