@@ -25,6 +25,7 @@ COMMANDS = {
     "compare": "table of runs: teacher, student alone, student distilled",
     "profile": "parameters, GFLOPs, activation memory and latency of networks",
     "picture": "predictions of checkpoints beside the ground truth, as a PNG",
+    "explain": "where networks look in a slice: Grad-CAM and attention maps, as a PNG",
     "views": "a training slice in the views that training sees of it, as a PNG",
     "sweep": "combinations of a grid of options, for an array of jobs",
     "track-sync": "send what an MLflow server that was down did not get",

@@ -11,13 +11,12 @@ from typing import Literal
 
 import torch
 
-from data_tools.errors import UserError
 from data_tools.ownership import check_output
 from data_tools.progress import console
 from data_tools.store import open_store
 from spark_dist.data.slices import part_of_split
 from spark_dist.evaluation.figures import check_format, draw_predictions
-from spark_dist.networks.checkpoint import load_network
+from spark_dist.networks.checkpoint import load_named
 
 from .options import Count, Options
 
@@ -52,15 +51,9 @@ def run(options: PictureOptions) -> None:
     """Draw the picture of the checkpoints' common task."""
     check_output(options.out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    networks, specs = {}, []
-    for item in options.checkpoints:
-        name, path = item.split("=", 1) if "=" in item else (Path(item).parent.name, item)
-        network, card = load_network(Path(path))
-        networks[name] = network.to(device)
-        specs.append(card.spec)
-    if any(spec != specs[0] for spec in specs):
-        raise UserError("the checkpoints differ in task, crop or threshold; draw them in separate pictures")
+    networks, spec = load_named(options.checkpoints)
+    networks = {name: network.to(device) for name, network in networks.items()}
     store = open_store(options.dataset)
     cases = part_of_split(store, options.split, options.part)
-    draw_predictions(store, cases, specs[0], networks, options.out, options.rows)
+    draw_predictions(store, cases, spec, networks, options.out, options.rows)
     console.print(f"wrote {options.out}")

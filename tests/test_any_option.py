@@ -42,12 +42,13 @@ GIVEN = {
     ),
     "profile": ({"crop": "32", "csv": "new.csv", "json": "new.json"}, ("enet",)),
     "picture": (DATA | {"rows": "1", "out": "new.png"}, ("best.safetensors",)),
+    "explain": (DATA | {"slices": "case_00008:2", "out": "new.png"}, ("best.safetensors",)),
     "views": (JOB | {"picture": "new.png", "show": "2"}, ()),
     "sweep": ({}, ("grid.yaml",)),
     "track-sync": ({}, ("job",)),
 }
 """Options and arguments with which each command does something; one of them, or another one, then gets any value."""
-OUTPUTS = ("out", "csv", "json", "markdown", "latex", "figure", "picture", "cache-folder")
+OUTPUTS = ("out", "csv", "json", "markdown", "latex", "figure", "picture", "log-to", "cache-folder")
 """Options that name what a command may write."""
 
 NUMBERS = st.one_of(

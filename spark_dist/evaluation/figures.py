@@ -20,10 +20,12 @@ from data_tools.store import Store
 from spark_dist.data.views import SliceSpec
 
 from .comparison import Row
-from .panel import LINE, REGIONS, around, shown_slices
+from .panel import LINE, REGIONS, ShownSlice, around, shown_slices
 
 TARGET, MISSED, WRONG = REGIONS[0], LINE, "#e8553e"
 ERRORS = {"missed": MISSED, "predicted where there is none": WRONG}
+SHADES = "viridis"
+"""Colours of maps, whose lightness grows with the value, so that colour-blind people and greyscale show it too."""
 FORMATS = frozenset(Figure().canvas.get_supported_filetypes())
 """Endings of the files that figures can be written to."""
 SOFTWARE = {".png": "Software", ".svg": "Creator", ".pdf": "Creator", ".eps": "Creator", ".ps": "Creator"}
@@ -50,41 +52,63 @@ class PredictedSlice(NamedTuple):
     """By network: (H, W) classes, and its Dice in this slice, the mean over the classes but the background."""
 
 
+def predicted_slice(shown: ShownSlice, networks: Mapping[str, nn.Module], spec: SliceSpec) -> PredictedSlice:
+    """A slice with each network's prediction."""
+    predictions = {name: shown.predicted(network, spec) for name, network in networks.items()}
+    return PredictedSlice(shown.name, shown.grey, shown.ground_truth, predictions)
+
+
 def draw_predictions(
     store: Store, cases: Sequence[str], spec: SliceSpec, networks: Mapping[str, nn.Module], path: Path, rows: int = 4
 ) -> None:
     """Image, ground truth and each network's prediction in the fullest slice of up to `rows` of the cases."""
-    shown = [
-        PredictedSlice(
-            item.name, item.grey, item.ground_truth, {name: item.predicted(n, spec) for name, n in networks.items()}
-        )
-        for item in shown_slices(store, cases, spec, rows)
-    ]
+    shown = [predicted_slice(item, networks, spec) for item in shown_slices(store, cases, spec, rows)]
     prediction_figure(shown, path, spec.regions)
 
 
 def prediction_figure(slices: Sequence[PredictedSlice], path: Path, regions: Sequence[str] = ("target",)) -> None:
     """A grid of image, ground truth and one column for each network, a row for each slice; `regions` are the names of
     the classes but the background."""
-    several = len(regions) > 1
-    colours = dict(zip(regions if several else ["target"], cycle(REGIONS), strict=False))
-    errors = {"predicted, and is none or another" if several and c == WRONG else e: c for e, c in ERRORS.items()}
+    colours = colours_of(regions)
     columns = 2 + len(slices[0].predictions)
     figure = Figure(figsize=(2.3 * columns, 2.45 * len(slices) + 0.5), layout="constrained", facecolor="white")
     axes = figure.subplots(len(slices), columns, squeeze=False)
     for row, line in zip(slices, axes, strict=True):
-        box = around((row.ground_truth > 0) | np.any([p > 0 for p, _ in row.predictions.values()], axis=0))
+        box = box_of(row)
         image, ground_truth = row.image[box], row.ground_truth[box]
         draw(line[0], image, [], row.name)
         draw(line[1], image, parts_of(ground_truth, colours), "ground truth")
         for axis, (name, (prediction, score)) in zip(line[2:], row.predictions.items(), strict=True):
-            prediction = prediction[box]
-            right = parts_of(np.where(prediction == ground_truth, prediction, 0), colours)
-            wrong, missed = (prediction > 0) & (prediction != ground_truth), (ground_truth > 0) & (prediction == 0)
-            draw(axis, image, [*right, (wrong, WRONG), (missed, MISSED)], f"{name}: Dice {score:.3f}")
-    patches = [Patch(color=colour, label=label) for label, colour in (colours | errors).items()]
-    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=8, frameon=False)
+            title = f"{name}: Dice {score:.3f}"
+            draw_prediction(axis, image, prediction[box], ground_truth, colours, title)
+    legend(figure, colours | errors_of(regions))
     save(figure, path)
+
+
+def colours_of(regions: Sequence[str]) -> dict[str, str]:
+    """Each class's colour by its name in legends."""
+    return dict(zip(regions if len(regions) > 1 else ["target"], cycle(REGIONS), strict=False))
+
+
+def errors_of(regions: Sequence[str]) -> dict[str, str]:
+    """The colours of what is predicted wrongly, by their names in legends."""
+    several = len(regions) > 1
+    return {"predicted, and is none or another" if several and c == WRONG else e: c for e, c in ERRORS.items()}
+
+
+def legend(figure: Figure, colours: Mapping[str, str]) -> None:
+    """Names of colours below a figure."""
+    patches = [Patch(color=colour, label=label) for label, colour in colours.items()]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=8, frameon=False)
+
+
+def draw_prediction(
+    axis, image: np.ndarray, prediction: np.ndarray, ground_truth: np.ndarray, colours: Mapping[str, str], title: str
+) -> None:
+    """An image with the predicted classes where they are right, and what is wrong or missed."""
+    right = parts_of(np.where(prediction == ground_truth, prediction, 0), colours)
+    wrong, missed = (prediction > 0) & (prediction != ground_truth), (ground_truth > 0) & (prediction == 0)
+    draw(axis, image, [*right, (wrong, WRONG), (missed, MISSED)], title)
 
 
 def parts_of(classes: np.ndarray, colours: Mapping[str, str]) -> list[tuple[np.ndarray, str]]:
@@ -100,6 +124,48 @@ def draw(axis, image: np.ndarray, parts: Sequence[tuple[np.ndarray, str]], title
     axis.imshow(shown, vmin=0, vmax=1, interpolation="nearest")
     axis.set_title(title, fontsize=8, parse_math=False)
     axis.set_axis_off()
+
+
+def box_of(shown: PredictedSlice, margin: float = 0.6) -> tuple[slice, slice]:
+    """The window around the target of a slice and all predictions of it."""
+    return around((shown.ground_truth > 0) | np.any([p > 0 for p, _ in shown.predictions.values()], axis=0), margin)
+
+
+def explanation_figure(
+    slices: Sequence[PredictedSlice],
+    maps: Sequence[Mapping[str, Mapping[str, np.ndarray]]],
+    path: Path,
+    regions: Sequence[str] = ("target",),
+) -> None:
+    """Slices one below the other, in each a row for each network: its prediction, and its maps (H, W) by their names,
+    with the ground truth's outline. A map's colours go from 0 to its own largest value."""
+    titles = list(next(iter(maps[0].values())))
+    columns, lines, colours = 2 + len(titles), max(2, len(maps[0])), colours_of(regions)
+    boxes = [box_of(shown, 1.5) for shown in slices]
+    tallest = max(np.divide(*shown.image[box].shape) for shown, box in zip(slices, boxes, strict=True))
+    height = (1.45 * tallest + 0.25) * lines * len(slices) + 0.4
+    figure = Figure(figsize=(1.5 * columns + 0.5, height), layout="compressed", facecolor="white")
+    axes = figure.subplots(lines * len(slices), columns, squeeze=False)
+    for axis in axes.ravel():
+        axis.set_axis_off()
+    for block, shown, found, box in zip(np.split(axes, len(slices)), slices, maps, boxes, strict=True):
+        image, ground_truth = shown.image[box], shown.ground_truth[box]
+        draw(block[0, 0], image, [], shown.name.replace(", ", "\n"))
+        draw(block[1, 0], image, parts_of(ground_truth, colours), "ground truth")
+        for line, (name, (prediction, score)) in zip(block, shown.predictions.items(), strict=False):
+            title = f"{name}\nDice {score:.3f}"
+            draw_prediction(line[1], image, prediction[box], ground_truth, colours, title)
+            for axis, title in zip(line[2:], titles, strict=True):
+                values, largest = found[name][title][box], np.nanmax(found[name][title])
+                shades = axis.imshow(values / (largest or 1), cmap=SHADES, vmin=0, vmax=1)
+                if (ground_truth > 0).any():
+                    axis.contour(ground_truth > 0, levels=[0.5], colors=["white"], linewidths=1)
+                axis.set_title(title if largest else f"{title}:\n0 everywhere", fontsize=8)
+    bar = figure.colorbar(shades, ax=axes, location="right", shrink=min(1, 2.5 / len(axes)), aspect=25, pad=0.01)
+    bar.set_label("share of the map's largest value", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+    legend(figure, colours | errors_of(regions))
+    save(figure, path)
 
 
 PALETTE = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

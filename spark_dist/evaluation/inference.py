@@ -65,16 +65,13 @@ def class_probabilities(
     crop = covering(spec.crop, plane, network.stride) if whole else spec.crop
     inside, placed = crop.overlap(plane)
     bound = getattr(network, "bound_to", None)
-    ends = torch.tensor(window, dtype=torch.float32, device=device)
     was_training = network.training
     network.eval()
     try:
         channels = spec.neighbours(range(len(image)) if slices is None else slices, len(image))
         for start in range(0, len(channels), BATCH):
             part = channels[start : start + BATCH]
-            crops = np.full((*part.shape, *crop.size), np.floor(window[0]), image.dtype)
-            crops[:, :, *placed] = image[:, *inside][part]
-            batch = windowed(torch.from_numpy(crops).to(device), ends.expand(len(part), 2))
+            batch = network_input(image, part, window, crop, device)
             logits = in_windows(network, batch, bound) if bound not in (None, crop.size) else network(batch).logits
             found = logits.float().softmax(dim=1).cpu().numpy()
             result = np.zeros((*found.shape[:2], *plane), np.float32)
@@ -83,6 +80,18 @@ def class_probabilities(
             yield start, result
     finally:
         network.train(was_training)
+
+
+def network_input(
+    image: np.ndarray, slices: np.ndarray, window: Sequence[float], crop: Crop, device: torch.device
+) -> Tensor:
+    """Crops of the `slices` (N, C) of a volume (Z, H, W) as a network is given them: (N, C, rows, columns) in [−1, 1],
+    −1 where a crop reaches beyond the plane."""
+    inside, placed = crop.overlap(image.shape[1:])
+    crops = np.full((*slices.shape, *crop.size), np.floor(window[0]), image.dtype)
+    crops[:, :, *placed] = image[:, *inside][slices]
+    ends = torch.tensor(window, dtype=torch.float32, device=device)
+    return windowed(torch.from_numpy(crops).to(device), ends.expand(len(slices), 2))
 
 
 def covering(crop: Crop, plane: tuple[int, int], stride: int) -> Crop:

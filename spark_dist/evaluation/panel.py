@@ -54,18 +54,24 @@ class ShownSlice:
         return classes[0], float(np.mean([dice(overlap_counts(classes == n, truth == n).sum(axis=0)) for n in numbers]))
 
 
+def shown_slice(store: Store, name: str, z: int, spec: SliceSpec) -> ShownSlice:
+    """A slice of a labelled case."""
+    reader, case = VoxelReader(store), store.cases[name]
+    near = np.unique(spec.neighbours([z], case.shape[0])).tolist()
+    image = np.stack([reader.slice(name, "image", other) for other in near])
+    truth = store.task(spec.task).classes_of(reader.slice(name, "label", z))
+    return ShownSlice(f"{name}, slice {z}", image, near.index(z), case.window, truth)
+
+
+def fullest_slice(store: Store, name: str, spec: SliceSpec) -> int:
+    """The slice of a case that shows most of the target."""
+    return int(fullest(store.cases[name].voxels(*store.task(spec.task).regions))[0])
+
+
 def shown_slices(store: Store, cases: Sequence[str], spec: SliceSpec, count: int = 4) -> list[ShownSlice]:
     """The fullest slice of up to `count` of the cases."""
-    reader, task = VoxelReader(store), store.task(spec.task)
-    shown = []
-    for position in np.unique(np.linspace(0, len(cases) - 1, min(count, len(cases))).astype(int)):
-        case = store.cases[cases[position]]
-        z = int(fullest(case.voxels(*task.regions))[0])
-        near = np.unique(spec.neighbours([z], case.shape[0])).tolist()
-        image = np.stack([reader.slice(case.name, "image", other) for other in near])
-        truth = task.classes_of(reader.slice(case.name, "label", z))
-        shown.append(ShownSlice(f"{case.name}, slice {z}", image, near.index(z), case.window, truth))
-    return shown
+    names = [cases[n] for n in np.unique(np.linspace(0, len(cases) - 1, min(count, len(cases))).astype(int))]
+    return [shown_slice(store, name, fullest_slice(store, name, spec), spec) for name in names]
 
 
 def draw_panel(network: nn.Module, slices: Sequence[ShownSlice], spec: SliceSpec) -> np.ndarray:

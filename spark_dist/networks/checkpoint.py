@@ -1,7 +1,7 @@
 """A trained network in a file that others can load."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,6 +90,23 @@ def load_network(path: Path) -> tuple[nn.Module, ModelCard]:
     network = build_network(card.network, card.in_channels, card.classes, card.width)
     load_weights(network, tensors, f"{path} ({card.network}, width {card.width:g})")
     return network, card
+
+
+def load_named(items: Sequence[str]) -> tuple[dict[str, nn.Module], SliceSpec]:
+    """Networks by name, and how all of them see slices. Each is `PATH`, named by its folder, or `NAME=PATH`.
+
+    Raises `UserError` as `load_network` does, for two of one name, and for networks that see slices differently.
+    """
+    networks, specs = {}, []
+    for item in items:
+        name, path = item.split("=", 1) if "=" in item else (Path(item).absolute().parent.name, item)
+        if name in networks:
+            raise UserError(f"{item}: another network is called '{name}' too; give each a name, NAME=PATH")
+        networks[name], card = load_network(Path(path))
+        specs.append(card.spec)
+        if card.spec != specs[0]:
+            raise UserError(f"{item}: its task, crop or threshold is not that of {items[0]}; draw each in a picture")
+    return networks, specs[0]
 
 
 def load_card(path: Path) -> ModelCard:

@@ -50,18 +50,21 @@ class MNet(nn.Module):
         check_size("mnet", x, self.stride)
         if x.shape[-2:] == (self.stride, self.stride):
             raise UserError(f"mnet needs slices larger than {self.stride}×{self.stride}: its norm is over the map")
-        levels = [[self.down[0][0](x.unsqueeze(2))]]
+        levels, taps = [[self.down[0][0](x.unsqueeze(2))]], []
         for cells in self.down[1:]:
             flat, deep = ([F.max_pool3d(m, (1, 2, 2)) for m in maps] for maps in zip(*levels[-1], strict=True))
             joined = [flat[0], *map(difference, flat[1:], deep[:-1]), deep[-1]]
             levels.append([cell(m) for cell, m in zip(cells, joined, strict=True)])
+            # What follows is computed from the very tensor that is returned, so that the logits have a gradient by it.
+            first, deep = levels[-1][0]
+            taps.append(first.squeeze(2))
+            levels[-1][0] = taps[-1].unsqueeze(2), deep
         maps = levels[-1]
         for cells, skips in zip(self.up, levels[-2::-1], strict=True):
             below = [difference(flat, deep, up=True) for (flat, _), (_, deep) in pairwise(maps)]
             joined = [torch.cat([difference(*skip), m], dim=1) for skip, m in zip(skips, below, strict=True)]
             maps = [cell(m) for cell, m in zip(cells, joined, strict=True)]
-        logits = self.head(sum(maps[0]))
-        return NetworkOutput(*(m.squeeze(2) for m in (logits, levels[1][0][0], levels[-1][0][0])))
+        return NetworkOutput(self.head(sum(maps[0])).squeeze(2), taps[0], taps[-1])
 
 
 def difference(flat: Tensor, deep: Tensor, up: bool = False) -> Tensor:
