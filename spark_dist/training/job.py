@@ -6,7 +6,7 @@ import os
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +53,7 @@ class Job:
     store: Store
     tracker: Tracker
     """The run above those of the stages; a stand-in where one network is trained, whose run is the job's."""
-    facts: Mapping[str, Any]
+    facts: Mapping[str, Any] = field(default_factory=dict)
     """Tags of the job's run."""
 
     @property
