@@ -94,6 +94,12 @@ def test_labels_that_another_program_wrote_teach_as_the_checkpoint_does(jobs, pr
     for key, x in own.items():
         torch.testing.assert_close(foreign[key], x, rtol=1e-5, atol=1e-6)
     assert any(not torch.allclose(soft[key], x, rtol=1e-3, atol=1e-4) for key, x in own.items() if x.ndim > 1)
+    fading = ("--distill-schedule", "linear")
+    own = student_of(jobs, tmp_path, "own-fading", *checkpoint, *fading)
+    faded = student_of(jobs, tmp_path, "faded", "--teacher-predictions", "other", *fading)
+    for key, x in own.items():
+        torch.testing.assert_close(faded[key], x, rtol=1e-5, atol=1e-6)
+    assert any(not torch.equal(faded[key], x) for key, x in foreign.items())
     # What a job began with is what it goes on with.
     name = prepared.splits["default"]["unlabelled"][0]
     empty = np.zeros(SHAPE, np.uint8)
