@@ -1,5 +1,8 @@
 """A student of predictions that another program made."""
 
+import os
+import shutil
+
 import nibabel
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ from conftest import keep_signals, model_card, undecided
 from nifti_cases import save
 
 from data_tools.cli import main as spark_data
+from data_tools.creation import aside
 from data_tools.predictions import prediction_of
 from data_tools.store import open_store
 from spark_dist.cli import main
@@ -214,8 +218,22 @@ def test_predictions_stay_until_they_shall_be_replaced(prepared, tmp_path, capsy
     assert "0 prepared, 1 unchanged" in capsys.readouterr().out
     softmax_file(tmp_path / "foreign" / f"{CASES[0]}.npz", *random_softmax(3)[::-1])
     assert "holds another prediction; pass --replace" in refused(capsys, "foreign", "--name", "a")
-    run(*command, "--replace")
     folder = prediction_of(prepared, "a", CASES[0])[0]
+    somebodys = folder.with_name(f".{CASES[0]}.kept.new")
+    left = aside(folder)
+    left = left.with_name(left.name.replace(f"-{os.getpid()}-", "-999999999-"))  # its maker is dead
+    for place in (folder, somebodys):
+        place.mkdir(exist_ok=True)
+        (place / "notes.txt").write_text("mine")
+    shutil.copytree(folder, left, ignore=shutil.ignore_patterns("notes.txt"))
+    assert "holds notes.txt, which is no part of a prediction; move it away" in refused(
+        capsys, "foreign", "--name", "a", "--replace"
+    )
+    assert (folder / "notes.txt").read_text() == "mine"
+    (folder / "notes.txt").unlink()
+    run(*command, "--replace")
+    assert (somebodys / "notes.txt").read_text() == "mine"
+    assert not left.exists()
     (folder / "zarr.json").write_text("{}")
     assert "holds something else, or is damaged; move it away" in refused(capsys, "foreign", "--name", "a", "--replace")
 
