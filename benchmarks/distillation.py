@@ -9,7 +9,6 @@ is finished; --report does only that.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.jobs import of_cases, run_job
+from benchmarks.jobs import arguments_of, begin, of_cases, run_job
 from data_tools.files import write_text
 from data_tools.split import deal
 from data_tools.store import open_store
@@ -298,21 +297,17 @@ def draw_figure(found: Sequence[Result], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("nifti", type=Path, help="hippocampus task of the Medical Segmentation Decathlon")
-    parser.add_argument("work", type=Path, help="folder of the store, the runs and MLflow's database")
+    parser = arguments_of(__doc__)
     parser.add_argument("--labelled", type=int, nargs="+", default=[5, 12], help="labelled cases (%(default)s)")
     parser.add_argument("--draws", type=int, default=5, help="draws (%(default)s)")
     parser.add_argument("--first", type=int, default=0, help="draw to begin with (%(default)s)")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     parser.add_argument("--steps", type=int, default=3000, help="steps of the student (%(default)s)")
     parser.add_argument("--compile", action="store_true", help="faster steps (torch.compile)")
-    parser.add_argument("--report", action="store_true", help="only write what is finished")
     options = parser.parse_args()
-    work = options.work.absolute()
+    work = options.work
     if not options.report:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        work.mkdir(parents=True, exist_ok=True)
+        begin(work)
         prepare(options.nifti, work, options.labelled, options.draws)
         for number in options.labelled:
             for draw in range(options.first, options.draws):

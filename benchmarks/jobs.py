@@ -1,5 +1,7 @@
 """Training jobs of a benchmark: through the project's own commands, each computed once."""
 
+import argparse
+import os
 import subprocess
 import sys
 import time
@@ -11,6 +13,22 @@ import numpy as np
 from data_tools.files import write_text
 from data_tools.store import open_store
 from spark_dist.evaluation.metrics import read_cases
+
+
+def arguments_of(doc: str) -> argparse.ArgumentParser:
+    """What all grids of jobs take: the data, where to work, and --report."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("nifti", type=Path, help="hippocampus task of the Medical Segmentation Decathlon")
+    folder = "folder of the store, the runs and MLflow's database"
+    parser.add_argument("work", type=lambda text: Path(text).absolute(), help=folder)
+    parser.add_argument("--report", action="store_true", help="only write what is finished")
+    return parser
+
+
+def begin(work: Path) -> None:
+    """Make the folder to work in. Jobs take one core each, unless told otherwise."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    work.mkdir(parents=True, exist_ok=True)
 
 
 def hippocampus(nifti: Path, work: Path, labels: str) -> Path:

@@ -4,11 +4,9 @@ Hippocampus' anterior and posterior part, 120 labelled cases, the student alone,
 Whatever is there is not computed again. Writes results/regions.md of what is finished; --report does only that.
 """
 
-import argparse
-import os
 from pathlib import Path
 
-from benchmarks.jobs import hippocampus, of_cases, run_job
+from benchmarks.jobs import arguments_of, begin, hippocampus, of_cases, run_job
 from data_tools.files import write_text
 from spark_dist.evaluation.intervals import difference_over_seeds, over_seeds
 
@@ -65,16 +63,12 @@ def report(work: Path, steps: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("nifti", type=Path, help="hippocampus task of the Medical Segmentation Decathlon")
-    parser.add_argument("work", type=Path, help="folder of the store, the runs and MLflow's database")
+    parser = arguments_of(__doc__)
     parser.add_argument("--steps", type=int, default=1500, help="steps of each network (%(default)s)")
-    parser.add_argument("--report", action="store_true", help="only write what is finished")
     options = parser.parse_args()
-    work = options.work.absolute()
+    work = options.work
     if not options.report:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        work.mkdir(parents=True, exist_ok=True)
+        begin(work)
         store = hippocampus(options.nifti, work, "anterior=1,posterior=2")
         for seed in SEEDS:
             for task in TASKS:

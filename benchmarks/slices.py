@@ -5,13 +5,11 @@ and all × as many steps as five epochs of the labelled slices have, and three t
 computed again. Writes results/slices.md of what is finished; --report does only that.
 """
 
-import argparse
-import os
 from itertools import product
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.jobs import hippocampus, of_cases, run_job
+from benchmarks.jobs import arguments_of, begin, hippocampus, of_cases, run_job
 from data_tools.files import write_text
 from spark_dist.evaluation.intervals import over_seeds
 from spark_dist.training.journal import read_journal
@@ -83,15 +81,11 @@ def report(work: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("nifti", type=Path, help="hippocampus task of the Medical Segmentation Decathlon")
-    parser.add_argument("work", type=Path, help="folder of the store, the runs and MLflow's database")
-    parser.add_argument("--report", action="store_true", help="only write what is finished")
+    parser = arguments_of(__doc__)
     options = parser.parse_args()
-    work = options.work.absolute()
+    work = options.work
     if not options.report:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        work.mkdir(parents=True, exist_ok=True)
+        begin(work)
         store = hippocampus(options.nifti, work, "organ=1,tumour=2")
         for steps, augment, slices, seed in cells():
             given = (
