@@ -16,7 +16,7 @@ from spark_dist.evaluation.metrics import read_cases
 
 
 def arguments_of(doc: str) -> argparse.ArgumentParser:
-    """What all grids of jobs take: the data, where to work, and --report."""
+    """A parser of the arguments that all grids of jobs take: the data, where to work, and --report."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("nifti", type=Path, help="hippocampus task of the Medical Segmentation Decathlon")
     folder = "folder of the store, the runs and MLflow's database"
