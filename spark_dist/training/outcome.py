@@ -70,11 +70,11 @@ def student_alone(folder: Path, card: ModelCard) -> tuple[Path | None, dict[str,
     for stage in [file.parent for file in folder.resolve().parent.glob("*/network/test_cases.json")]:
         try:
             other, dice = load_card(stage / "best.safetensors"), test_dice(stage)
+            distance = len(unlike(folder, stage.parent))
         except UserError:  # not this job's files
             continue
         if data_of(stage.parent) == data and kind(other) == kind(card) and finished(stage):
-            age = -(stage / "test_cases.json").stat().st_mtime
-            found.append((len(unlike(folder, stage.parent)), age, stage, dice))
+            found.append((distance, -(stage / "test_cases.json").stat().st_mtime, stage, dice))
     return min(found)[2:] if found else (None, {})
 
 
@@ -84,9 +84,13 @@ def unlike(folder: Path, other: Path) -> set[str]:
 
 
 def options_in(folder: Path) -> Choices:
-    """A job's options of training, as its folder has them."""
-    options = yaml.safe_load((folder / "config.yaml").read_text())
-    return options_of({key: str(value) for key, value in options.items()}, distilled=False)[0]
+    """A job's options of training, as its folder has them. Raises `UserError` if they can't be read."""
+    file = folder / "config.yaml"
+    try:
+        options = yaml.safe_load(file.read_text())
+        return options_of({key: str(value) for key, value in options.items()}, distilled=False)[0]
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        raise UserError(f"{file}: not the options of a job") from None
 
 
 def kind(card: ModelCard) -> tuple:
