@@ -95,9 +95,9 @@ def draw(generator, count, processes):
         (2, 0, 2, 12, ""),
         (1, 2, 2, 3, ""),
         (2, 2, 1, 3, ""),
-        (1, 0, 1, 6, "--slices mixed --target-share 0.3"),
-        (1, 1, 1, 6, "--slices all --augment full --crop-at anywhere --views 3"),
-        (1, 0, 1, 6, "--slices all --task organ,tumour --context 1"),
+        (1, 0, 1, 5, "--slices mixed --target-share 0.3"),
+        (1, 1, 1, 4, "--slices all --augment full --crop-at anywhere --views 3"),
+        (1, 0, 1, 5, "--slices all --task organ,tumour --context 1"),
     ],
 )
 def test_interrupted_equals_uninterrupted(jobs, tiny_store, tmp_path, processes, workers, accumulate, faults, options):
