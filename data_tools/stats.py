@@ -190,12 +190,13 @@ def stats_figure(store: Store, intensities: Intensities, path: Path) -> None:
     edges = np.arange(column["slices"].min(), column["slices"].max() + 2 * width, width) - 0.5
     axes[1].hist(column["slices"], edges, color="#4c78a8")
     axes[1].set(title="slices of a case", xlabel="slices", ylabel="cases")
-    axes[1].yaxis.get_major_locator().set_params(integer=True)
     axes[2].scatter(column["pixel spacing mm"], column["slice spacing mm"], s=18, alpha=0.6, color="#4c78a8")
     axes[2].set(title="spacing", xlabel="pixel spacing in mm", ylabel="slice spacing in mm")
     draw_volumes(axes[3], store, column)
     draw_areas(axes[4], store)
     draw_parts(axes[5], store)
+    for counts in (axes[1].xaxis, *(axis.yaxis for axis in axes[[1, 3, 4]])):
+        counts.get_major_locator().set_params(integer=True)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
