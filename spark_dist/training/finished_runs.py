@@ -50,8 +50,11 @@ def load_runs(tracking_uri: str, name: str = "") -> tuple[list[Run], list[str]]:
             continue
         above = (parent.data.tags if parent else {}) | tags  # one network's training has no run above it
         role = "student" if tags["role"] == "network" else tags["role"]  # one trained alone is a student alone
-        given = role == "teacher" and "epochs" not in item.data.params  # it was trained in another job
-        options = ((), ()) if given else options_of(item.data.params, role == "student" and tags["method"] != "none")
+        params = dict(item.data.params)
+        given = role == "teacher" and "epochs" not in params  # it was trained in another job
+        if "fold" in above and "steps" not in params:
+            params.pop("epochs", None)  # of an older run, which as many steps made others in each fold
+        options = ((), ()) if given else options_of(params, role == "student" and tags["method"] != "none")
         loaded = Run(
             **{key: tags[key] for key in STAGE_TAGS} | {"role": role},
             width=float(tags["width"]),
