@@ -13,6 +13,7 @@ from nifti_cases import save
 from data_tools.cli import main as spark_data
 from data_tools.creation import aside
 from data_tools.predictions import prediction_of
+from data_tools.preparation import Preparation
 from data_tools.store import open_store
 from spark_dist.cli import main
 from spark_dist.data.augmentation import Views
@@ -74,11 +75,17 @@ def student_of(jobs, folder, name, *options):
 
 @pytest.mark.slow
 def test_labels_that_another_program_wrote_teach_as_the_checkpoint_does(jobs, prepared, tmp_path):
-    """The teacher's prediction goes through spark-data export, another orientation and other values, and comes back."""
+    """The teacher's prediction goes through spark-data export, another orientation and other values, and comes back; its
+    probabilities through spark-dist predict and nnU-Net's format."""
     torch.manual_seed(1)
     teacher, spec = undecided(build_network("unet", width=0.05)), SliceSpec("organ", Crop((32, 48)))
-    card = model_card(network="unet", width=0.05, spec=spec, trained_on=())
+    known = {"preparation": Preparation.of_store(prepared.attributes), "label_values": (7,), "trained_on": ()}
+    card = model_card(network="unet", width=0.05, spec=spec, **known)
     save_network(tmp_path / "teacher.safetensors", teacher, card)
+    (tmp_path / "scans").mkdir()
+    for case in CASES:
+        shutil.copy(tmp_path / "nifti" / case / "imaging.nii.gz", tmp_path / "scans" / f"{case}.nii.gz")
+    assert main(["predict", "teacher.safetensors", "scans", "--out", "predicted", "--probabilities"]) == 0
     for number, name in enumerate(prepared.splits["default"]["train"] + prepared.splits["default"]["unlabelled"]):
         case = prepared.cases[name]
         image = VoxelReader(prepared).case(name, "image")
@@ -88,9 +95,13 @@ def test_labels_that_another_program_wrote_teach_as_the_checkpoint_does(jobs, pr
         run("export", "store.zarr", name, "exported.nii.gz", "--prediction", "prediction.npy")
         exported = nibabel.load("exported.nii.gz")
         written = np.asarray(exported.dataobj).astype(np.int16)
+        assert np.array_equal(written, nibabel.load(tmp_path / "predicted" / f"{name}.nii.gz").dataobj)
+        organ = nibabel.load(tmp_path / "predicted" / "probabilities" / "organ" / f"{name}.nii.gz").get_fdata()
+        softmax_file(tmp_path / "npz" / f"{name}.npz", 1 - organ, organ)
         save(tmp_path / "foreign" / f"{name}.nii.gz", written, exported.affine, axes=["RAS", "SPL", "AIR"][number])
         (tmp_path / "exported.nii.gz").unlink()
     run("predictions", "store.zarr", "foreign", "--name", "other", "--labels", "organ=7")
+    run("predictions", "store.zarr", "npz", "--name", "probable", "--labels", "organ=1")
     checkpoint = ("--teacher-checkpoint", "teacher.safetensors", "--hard-labels", "--cache", "off")
     own = student_of(jobs, tmp_path, "own", *checkpoint)
     foreign = student_of(jobs, tmp_path, "foreign-job", "--teacher-predictions", "other")
@@ -98,6 +109,9 @@ def test_labels_that_another_program_wrote_teach_as_the_checkpoint_does(jobs, pr
     for key, x in own.items():
         torch.testing.assert_close(foreign[key], x, rtol=1e-5, atol=1e-6)
     assert any(not torch.allclose(soft[key], x, rtol=1e-3, atol=1e-4) for key, x in own.items() if x.ndim > 1)
+    probable = student_of(jobs, tmp_path, "probable", "--teacher-predictions", "probable")
+    for key, x in soft.items():  # kept in float16
+        torch.testing.assert_close(probable[key], x, rtol=1e-3, atol=1e-4)
     fading = ("--distill-schedule", "linear")
     own = student_of(jobs, tmp_path, "own-fading", *checkpoint, *fading)
     faded = student_of(jobs, tmp_path, "faded", "--teacher-predictions", "other", *fading)
