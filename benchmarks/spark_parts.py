@@ -1,6 +1,6 @@
-"""What each part of SPARK adds: python -m benchmarks.spark_parts STORE WORK --draw SPLIT TEACHER [--draw …]
+"""SPARK with its parts on and off: python -m benchmarks.spark_parts STORE WORK --draw SPLIT TEACHER [--draw …]
 
-SPARK with its parts on and off, and `soft` beside it, where few cases are labelled. A draw is a split with unlabelled
+What each part adds where few cases are labelled, and `soft` beside them. A draw is a split with unlabelled
 cases and a teacher's checkpoint for it, shared by all arms; its number is the seed. The options are those of
 benchmarks.distillation; `--set crop=[48,32]` changes one. Whatever is there is not computed again. `--gradients 200`
 trains `spark` and `soft` for so many steps in this process and measures, for each loss term, the norm of its gradient
