@@ -167,7 +167,8 @@ def damages(store: Path, case: Case) -> Iterator[str]:
 def verify_predictions(store: Path, workers: int) -> int:
     """Verify the predictions of foreign models in a store, print a line on each model's, and return how many are
     damaged."""
-    names = [f"{folder.parent.name}/{folder.name}" for folder in sorted(store.glob("predictions/*/[!.]*"))]
+    folders = [folder for folder in sorted(store.glob("predictions/*/*")) if not folder.name.startswith(".")]
+    names = [f"{folder.parent.name}/{folder.name}" for folder in folders]
     tally: dict[str, Counter] = {}
     for result in results(partial(verify_prediction, store), names, workers, lost_prediction):
         tally.setdefault(result.case.partition("/")[0], Counter())[result.status] += 1
