@@ -285,7 +285,8 @@ def test_the_options_of_runs_are_told_by_their_parameters(store, tmp_path, capsy
 def test_folds_of_older_runs_are_pooled_whatever_epochs_their_steps_took(store, tmp_path):
     for number, (cases, epochs) in enumerate((("ab", 3), ("cd", 2))):
         run = trained([0.5, 0.7], cases={case: {"dice": 0.5, "hd95": 1.0} for case in cases}, split=f"cv-fold{number}")
-        logged(store, tmp_path / cases, run, params={"epochs": epochs}, fold=f"{number} of 2", crossval="a hash")
+        fold = {"fold": f"{number} of 2", "crossval": "a hash"}
+        logged(store, tmp_path / cases, run, data=f"hash {number}", params={"epochs": epochs}, **fold)
     ((run,), _) = load_runs(store)
     assert sorted(run.cases) == ["a", "b", "c", "d"]
 
