@@ -228,7 +228,9 @@ def parser() -> argparse.ArgumentParser:
     split.add_argument(
         "--lists",
         type=place,
-        help='JSON file with {"train": [case, …], "val": […], "test": […]}, or a list of these for several splits',
+        help='JSON file with {"train": [case, …], "val": […], "test": […]}, or a list of these for several splits; '
+        "folds without test, such as nnU-Net's splits_final.json, are tested on their val cases and validated on the "
+        "next one's",
     )
     split.add_argument(
         "--hide-labels",

@@ -19,8 +19,8 @@ from .progress import progress
 from .split import PARTS
 from .store import Case, Store
 
-COLOURS = ("#35c2b0", "#ff6a4d", "#6ea8ff", "#ffd166", "#c58cff", "#9be15d", "#ff8ecb", "#c9a27a")
-"""Of the regions in turn."""
+COLOURS = ("#35c2b0", "#ff6a4d", "#3f63ff", "#ffe680", "#d9b8ff", "#a85a1f", "#9be15d", "#ff8ecb")
+"""Of the regions in turn; colour-blind people tell the first six apart."""
 SHEET = "sheets/{}.png"
 
 

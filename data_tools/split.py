@@ -67,6 +67,8 @@ def splits_by_lists(store: Store, file: Path) -> list[dict[str, Any]]:
     """The split, or the splits of a cross-validation, of a JSON file with {"train": [case, …], "val": …, "test": …},
     or a list of these. A part `unlabelled` names cases whose labels, if they have any, training does not see.
 
+    Lists in which no split has a test part, such as nnU-Net's splits_final.json, are folds (see `with_tests`).
+
     Raises `UserError` if it is something else, names a case that is not in the store, or names one twice.
     """
     try:
@@ -91,7 +93,55 @@ def splits_by_lists(store: Store, file: Path) -> list[dict[str, Any]]:
         parts = {part: sorted(split.get(part, [])) for part in PARTS}
         parts |= {UNLABELLED: sorted(split[UNLABELLED])} if UNLABELLED in split else {}
         records.append({**parts, "seed": None, "made": {"lists": file.name}})
+    if len(records) > 1 and not any(record["test"] for record in records):
+        records = with_tests(records, file)
+    if is_crossval(records):
+        for k, record in enumerate(records):
+            record["made"] |= {"fold": k, "folds": len(records)}
     return records
+
+
+def with_tests(records: Sequence[Mapping[str, Any]], file: Path) -> list[dict[str, Any]]:
+    """The splits of a cross-validation whose folds have train and val cases only, with test cases as in
+    `split_by_folds`: in split k, the val cases of fold k are test, and those of the next fold are val, not train.
+
+    Raises `UserError` naming the `file` if there are fewer than 3 folds, or one does not hold the same cases as the
+    others, or a case is val in several.
+    """
+    if len(records) < 3:
+        raise UserError(
+            f"{file}: one fold is for test, one for val and the others for train, so that it takes 3 folds or more; "
+            "or give each a test part"
+        )
+    for k, record in enumerate(records):
+        if not record["val"]:
+            raise UserError(f"{file}: fold {k} has no val cases, which would be its test set")
+        if differing := cases_of(record) ^ cases_of(records[0]):
+            raise UserError(f"{file}: case '{min(differing)}' is not in all folds; each must name the same cases")
+        for other in records[:k]:
+            if twice := set(record["val"]) & set(other["val"]):
+                raise UserError(f"{file}: case '{min(twice)}' is in the val part of two folds; each is tested in one")
+    folds = [record["val"] for record in records]
+    return [
+        {**record, "train": [name for name in record["train"] if name not in val], "val": val, "test": record["val"]}
+        for record, val in zip(records, folds[1:] + folds[:1], strict=True)
+    ]
+
+
+def is_crossval(records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether splits are the folds of a cross-validation: several of the same cases, each tested in one at the most."""
+    tests = [record["test"] for record in records]
+    return (
+        len(records) > 1
+        and all(tests)
+        and len(set().union(*tests)) == sum(map(len, tests))
+        and all(cases_of(record) == cases_of(records[0]) for record in records)
+    )
+
+
+def cases_of(record: Mapping[str, Any]) -> set[str]:
+    """The cases of all parts of a split."""
+    return {name for part in (*PARTS, UNLABELLED) for name in record.get(part, [])}
 
 
 def with_unlabelled(store: Store, record: Mapping[str, Any], hide: int) -> dict[str, Any]:
@@ -162,12 +212,8 @@ def deal(store: Store, sizes: Sequence[int], seed: int) -> list[list[str]]:
 def split_text(record: Mapping[str, Any]) -> str:
     """A split in words: how it was made and the sizes of its parts."""
     made = dict(record.get("made", {}))
-    if "folds" in made:
-        how = f"fold {made['fold']} of {made['folds']}, "
-    elif "lists" in made:
-        how = f"lists of {made['lists']}, "
-    else:
-        how = ""
+    how = f"fold {made['fold']} of {made['folds']}, " if "folds" in made else ""
+    how += f"lists of {made['lists']}, " if "lists" in made else ""
     seed = "" if record["seed"] is None else f", seed {record['seed']}"
     unlabelled = f", {len(record['unlabelled'])} unlabelled" if record.get("unlabelled") else ""
     return how + ", ".join(f"{len(record[part])} {part}" for part in PARTS) + unlabelled + seed

@@ -20,8 +20,10 @@ from .store import Case, Store
 from .suggest import suggested_recipe
 
 BACKGROUND = "#9aa3ad"
-COLOURS = ("#159f8e", "#e2502f", "#3f6fd1", "#d19a1f", "#8a4fc4", "#4f9a2e", "#c7488f", "#7a5a3c")
+COLOURS = ("#159f8e", "#b8371b", "#3456d1", "#e3b23c", "#b58be0", "#3a1f5c", "#c7488f", "#7a5a3c")
 """Of the regions in turn."""
+PARTS_DRAWN = 15
+"""Bars of the figure of splits that there is room for, three for each."""
 SLICES_PER_CASE = 32
 """How many slices of a case, evenly apart, the intensities are counted in."""
 BINS, REACH = 5500, 5
@@ -193,6 +195,8 @@ def stats_figure(store: Store, intensities: Intensities, path: Path) -> None:
     draw_volumes(axes[3], store, column)
     draw_areas(axes[4], store)
     draw_parts(axes[5], store)
+    for counts in (axes[1].xaxis, *(axis.yaxis for axis in axes[[1, 3, 4]])):
+        counts.get_major_locator().set_params(integer=True)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -268,20 +272,20 @@ def draw_areas(axis, store: Store) -> None:
 
 
 def draw_parts(axis, store: Store) -> None:
-    """Cases of each part of each split, with and without the region that the fewest have."""
+    """Cases of each part of the first splits, with and without the region that the fewest have."""
     groups = groups_of(store)
-    names = list(groups)[::-1]
-    totals, found, columns = np.array([len(groups[name]) for name in names]), np.zeros(len(names), int), 2
+    names = list(groups)[PARTS_DRAWN::-1]
+    totals, found = np.array([len(groups[name]) for name in names]), np.zeros(len(names), int)
     if store.regions:
         rarest = min(store.regions, key=lambda region: found_in(groups["all"], region))
         found = np.array([found_in(groups[name], rarest)[0] for name in names])
         axis.barh(names, found, color=colour_of(store, rarest), alpha=0.8, label=f"with {rarest}")
-        columns = 2 if len(rarest) < 8 else 1  # beside the title
     axis.barh(names, totals - found, left=found, color=BACKGROUND, alpha=0.8, label="without")
     for k, name in enumerate(names):
         slices = sum(case.shape[0] for case in groups[name])
         axis.text(totals[k], k, f" {totals[k]} cases, {slices:,} slices", va="center", fontsize=8)
-    axis.set_title("cases of the splits", loc="left")
-    axis.set(xlabel="cases", xlim=(0, 1.6 * totals.max()))
+    shown = PARTS_DRAWN // len(PARTS)
+    some = f", the first {shown} of {len(store.splits)}" if len(store.splits) > shown else ""
+    axis.set(title=f"cases of the splits{some}", xlabel="cases", xlim=(0, 1.9 * totals.max()))
     axis.tick_params(axis="y", labelsize=8)
-    axis.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=columns, borderaxespad=0.3)
+    axis.legend(frameon=False, fontsize=8, loc="lower right")

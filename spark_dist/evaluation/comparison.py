@@ -1,7 +1,7 @@
 """The comparison of finished runs: teachers, students alone and students distilled."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from statistics import fmean
 
@@ -11,8 +11,14 @@ from .intervals import difference_over_seeds, over_seeds
 
 LOWER_IS_BETTER = ("hd", "assd", "voe", "false_positive")
 """Metrics whose names begin so are errors."""
-NOT_IN_ROWS = ("seed", "cases", "fold", "crossval")
+NOT_IN_ROWS = ("seed", "cases", "fold", "crossval", "options", "method_options")
 """Facts of a single run."""
+Choices = tuple[tuple[str, str], ...]
+"""Options by name, each with its value."""
+
+
+UNCLEAR = "unclear"
+"""What a row says of the options of students alone, of which none is nearest to its own."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +49,26 @@ class Run:
     """Of one slice of the training's crop; a multiply-add counts 2."""
     latency_ms: float | None = None
     """Of one slice, where it was measured and logged."""
+    options: Choices = ()
+    """Those of training that results depend on, which a student alone has as well as one distilled."""
+    method_options: Choices = ()
+    """Those that only a distilled student has, such as the method's settings."""
 
     @property
     def setting(self) -> tuple:
         """Data and task, which runs must share to be compared at all; data are known by their content, or else by the
-        names of dataset and split."""
-        return self.data or (self.dataset, self.split), self.task
+        names of dataset and split and of the test cases."""
+        return self.data or (self.dataset, self.split, frozenset(self.cases)), self.task
+
+    @property
+    def subject(self) -> tuple:
+        """What was trained on what, and by which method."""
+        return *self.setting, self.role, self.network, self.width, self.method, self.teacher
 
     @property
     def kind(self) -> tuple:
         """All that runs which differ in their seed only have in common."""
-        return *self.setting, self.role, self.network, self.width, self.method, self.teacher
+        return *self.subject, self.options, self.method_options
 
     @property
     def names(self) -> tuple:
@@ -67,7 +82,8 @@ class Run:
     @property
     def order(self) -> tuple:
         """Teachers first, then each network alone and distilled."""
-        return self.role != "teacher", self.distilled, self.network, self.width, self.method, self.teacher
+        subject = self.network, self.width, self.method, self.teacher
+        return self.role != "teacher", self.distilled, *subject, self.options, self.method_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +121,10 @@ class Row:
     difference_misses: int | None = None
     against: str | None = None
     """The student alone of the "same seed", or the mean over "all seeds" where there is none of that seed."""
+    options: str = ""
+    """Options in which it differs from another row of the same network and method."""
+    against_options: str = ""
+    """Options in which the student alone differs from it; "unclear" where several do, and there is no difference."""
     data: str = ""
     """A hash of the split's cases."""
     gap_closed: float | None = None
@@ -112,11 +132,14 @@ class Row:
 
     @property
     def title(self) -> str:
+        """What it is called in tables and figures, with the options that tell it from others."""
         if self.role == "teacher":
-            return "teacher"
-        if self.method == "none":
-            return "student alone"
-        return f"student, {self.method}" + (f" ({self.teacher})" if self.teacher else "")
+            name = "teacher"
+        elif self.method == "none":
+            name = "student alone"
+        else:
+            name = f"student, {self.method}" + (f" ({self.teacher})" if self.teacher else "")
+        return f"{name}; {self.options}" if self.options else name
 
     @property
     def named_network(self) -> str:
@@ -127,8 +150,9 @@ def compare(runs: Sequence[Run], metric: str = "dice") -> list[Row]:
     """A row for each run, then one over all seeds for each kind of run that has several.
 
     The difference of a distilled student is to the student alone: same data, network, width and seed, paired by case;
-    to the mean over all seeds where there is none of its seed. An interval over several seeds is over seeds and cases
-    (see `intervals`), one of a single run over its cases. Runs of several regions have rows for their means and, after
+    to the mean over all seeds where there is none of its seed. Where none has the same options, it is to the one whose
+    options differ in the fewest, and the row says in which. An interval over several seeds is over seeds and cases (see
+    `intervals`), one of a single run over its cases. Runs of several regions have rows for their means and, after
     these, for each region.
     """
     runs = [part for item in runs for part in (item, *of_regions(item))]
@@ -174,8 +198,40 @@ def make_row(members: Sequence[Run], runs: Sequence[Run], metric: str) -> Row:
         hd95=hd95["mean"],
         hd95_misses=hd95["misses"],
         false_positive_ml=None if None in wrong else fmean(wrong),
+        options=options_text(
+            set().union(*(unlike(first, other) for other in runs if other.subject == first.subject)),
+            first.options + first.method_options,
+        ),
         **against_alone(members, values, runs, metric),
     )
+
+
+def unlike(item: Run, other: Run) -> set[str]:
+    """The names of the options in which two runs differ; those of the method, too, where it is the same."""
+    of_method = (item.method_options, other.method_options) if item.method == other.method else ((), ())
+    return differing(item.options + of_method[0], other.options + of_method[1])
+
+
+def differing(one: Choices, other: Choices) -> set[str]:
+    """The names of options that are not the same in both."""
+    return {name for name, _ in set(one) ^ set(other)}
+
+
+def options_text(names: Collection[str], options: Choices) -> str:
+    """Those of some options that have these names, as people type them."""
+    shown = {name.removeprefix("method.").replace("_", "-"): value for name, value in options if name in names}
+    return ", ".join(f"{name} {value}" for name, value in shown.items())
+
+
+def nearest(item: Run, runs: Sequence[Run]) -> list[Run]:
+    """Of some runs, those whose options are a run's own or differ from them in the fewest; none if that is several
+    kinds of runs."""
+    groups: dict[Choices, list[Run]] = defaultdict(list)
+    for other in runs:
+        groups[other.options].append(other)
+    ranked = sorted(groups.values(), key=lambda members: len(unlike(item, members[0])))
+    distances = [len(unlike(item, members[0])) for members in ranked[:2]]
+    return [] if not ranked or distances[1:] == distances[:1] else ranked[0]
 
 
 def against_alone(
@@ -183,14 +239,18 @@ def against_alone(
 ) -> dict[str, float | str]:
     """The difference of distilled students of some seeds to the students alone; nothing if there are none."""
     first = members[0]
-    alone = {
-        item.seed: values_of(item, metric)
+    candidates = [
+        item
         for item in runs
         if (item.role, item.method) == ("student", "none")
         and (item.setting, item.network, item.width) == (first.setting, first.network, first.width)
-    }
-    if not first.distilled or not alone:
+    ]
+    if not first.distilled or not candidates:
         return {}
+    chosen = nearest(first, candidates)
+    if not chosen:
+        return {"against_options": UNCLEAR}
+    alone = {item.seed: values_of(item, metric) for item in chosen}
     paired = all(item.seed in alone for item in members)
     base = [alone[item.seed] for item in members] if paired else list(alone.values())
     difference = difference_over_seeds(values, base, paired)
@@ -200,6 +260,7 @@ def against_alone(
         "difference_high": difference["high"],
         "difference_misses": difference["misses"],
         "against": "same seed" if paired else "all seeds",
+        "against_options": options_text(unlike(first, chosen[0]), chosen[0].options),
         "gap_closed": gap_closed(difference["mean"], teachers_of(members, runs, metric), base, metric),
     }
 
@@ -213,6 +274,7 @@ def teachers_of(members: Sequence[Run], runs: Sequence[Run], metric: str) -> lis
     same = [r for r in same if r.role == "teacher"] or same
     if len({item.width for item in same}) != 1:
         return []
+    same = nearest(first, same)
     seeds = {item.seed for item in members}
     return [values_of(item, metric) for item in [r for r in same if r.seed in seeds] or same]
 

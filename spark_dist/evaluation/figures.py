@@ -207,13 +207,15 @@ def comparison_figure(parts: Mapping[str, Sequence[Row]], metric: str, path: Pat
             above = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center", "fontsize": 8}
             axis.annotate(network, (parameters, max(row.high for row in members)), **above, parse_math=False)
         axis.set_xscale("log")
+        sizes = [parameters for parameters, _ in networks]
+        axis.set_xlim(min(sizes, default=1) / 2, 2 * max(sizes, default=1))  # not only what sets one's students apart
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel("parameters")
         axis.set_ylabel(f"test {metric}" + (" (mm)" if metric.startswith(MILLIMETRES) else ""))
         axis.set_title(heading, fontsize=9, parse_math=False)
-        axis.margins(x=0.15, y=0.15)
+        axis.margins(y=0.15)
         axis.grid(alpha=0.3)
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     legend = figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=8)

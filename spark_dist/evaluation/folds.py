@@ -17,6 +17,7 @@ def pool_folds(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
     groups: dict[tuple, list[Run]] = defaultdict(list)
     for item in runs:
         facts = (item.task, item.role, item.network, item.width, item.method, item.teacher, item.seed)
+        facts += (item.options, item.method_options)
         groups[(item.crossval, *facts) if item.crossval else (id(item),)].append(item)
     found, notes = [], []
     for members in groups.values():

@@ -18,10 +18,12 @@ from .metrics import dice, overlap_counts
 
 TILE, CAPTION = 256, 22
 """Pixels of a tile's side, and of the line of text above it."""
-REGIONS = ("#35c2b0", "#6ea8ff", "#c58cff", "#9be15d", "#ff8ecb", "#c9a27a", "#5fd3ff", "#b5b5ff")
-"""Colours of the classes in turn."""
+REGIONS = ("#35c2b0", "#3355ff", "#fff48a", "#6e1a66", "#c8a8ff", "#00513f", "#b6ffb0", "#5a2a00")
+"""Colours of the classes in turn, which differ in lightness, so that colour-blind people tell the first six apart."""
 LINE = "#f2b134"
 """Colour of the prediction where there is one class, whose own the ground truth has."""
+DARK = 255
+"""Sum of red, green and blue up to which a line is seen better on white than on black."""
 FILLED = 0.4
 """Share of the colour where the ground truth is."""
 
@@ -89,8 +91,9 @@ def draw_panel(network: nn.Module, slices: Sequence[ShownSlice], spec: SliceSpec
             picture[truth == number] = (1 - FILLED) * picture[truth == number] + FILLED * np.array(colour)
         for number, colour in enumerate(colours, start=1):
             contours, _ = cv2.findContours((lines == number).astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-            cv2.drawContours(picture, contours, -1, (0, 0, 0), 4)
-            cv2.drawContours(picture, contours, -1, colour if several else rgb(LINE), 2)
+            line = colour if several else rgb(LINE)
+            cv2.drawContours(picture, contours, -1, (0, 0, 0) if sum(line) > DARK else (255, 255, 255), 4)
+            cv2.drawContours(picture, contours, -1, line, 2)
         tiles.append(
             np.concatenate([caption(f"{shown.name}: Dice {score:.3f}"), picture.clip(0, 255).astype(np.uint8)])
         )

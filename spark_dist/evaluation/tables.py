@@ -9,7 +9,7 @@ from rich.table import Table
 
 from data_tools.ownership import MADE_BY
 
-from .comparison import Row
+from .comparison import UNCLEAR, Row
 
 FRACTIONS = ("dice", "voe", "rvd", "surface_dice")
 """Metrics whose names begin so are fractions, and their differences are told in points: hundredths."""
@@ -65,10 +65,10 @@ def missed(misses: int) -> str:
 def difference(row: Row, scale: float) -> str:
     """The difference to the student alone, if there is one."""
     if row.difference is None:
-        return ""
+        return "‡" if row.against_options == UNCLEAR else ""
     parts = [scale * part for part in (row.difference, row.difference_low, row.difference_high)]
     text = known("{:+.2f} [{:+.2f}, {:+.2f}]", *parts) + missed(row.difference_misses)
-    return text + ("*" if row.against == "all seeds" else "")
+    return text + ("*" if row.against == "all seeds" else "") + ("†" if row.against_options else "")
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:
@@ -76,6 +76,11 @@ def remarks(rows: Sequence[Row]) -> list[str]:
     lines = []
     if any(row.against == "all seeds" for row in rows):
         lines.append("* no student alone of the same seed: to the mean of those there are")
+    for row in {row.title: row for row in rows if row.against_options}.values():
+        if row.against_options == UNCLEAR:
+            lines.append(f"‡ {row.title}: no difference, as several students alone have other options than it")
+        else:
+            lines.append(f"† {row.title}: the student alone has other options: {row.against_options}")
     several = [row.seeds for row in rows if row.seeds.endswith(" seeds")]
     if len(several) < len(rows):
         lines.append("one seed: the interval is over cases alone and says nothing of another seed")

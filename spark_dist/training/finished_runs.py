@@ -14,6 +14,7 @@ from spark_dist.evaluation.folds import pool_folds
 from spark_dist.evaluation.metrics import read_cases
 from spark_dist.networks.cost import Model, gflops_of
 
+from .compared_options import options_of
 from .mlflow_client import SQLITE, absolute_uri, brief, make_client
 
 STAGE_TAGS = ("dataset", "task", "split", "role", "network", "seed")
@@ -49,6 +50,11 @@ def load_runs(tracking_uri: str, name: str = "") -> tuple[list[Run], list[str]]:
             continue
         above = (parent.data.tags if parent else {}) | tags  # one network's training has no run above it
         role = "student" if tags["role"] == "network" else tags["role"]  # one trained alone is a student alone
+        params = dict(item.data.params)
+        given = role == "teacher" and "epochs" not in params  # it was trained in another job
+        if "fold" in above and "steps" not in params:
+            params.pop("epochs", None)  # of an older run, which as many steps made others in each fold
+        options = ((), ()) if given else options_of(params, role == "student" and tags["method"] != "none")
         loaded = Run(
             **{key: tags[key] for key in STAGE_TAGS} | {"role": role},
             width=float(tags["width"]),
@@ -61,9 +67,12 @@ def load_runs(tracking_uri: str, name: str = "") -> tuple[list[Run], list[str]]:
             crossval=above.get("crossval", ""),
             gflops=operations(item),
             latency_ms=item.data.metrics.get("latency_ms"),
+            options=options[0],
+            method_options=options[1],
         )
         runs.append(loaded)
     runs, notes = with_known_data(runs)
+    runs = without_repeated(runs)
     found: dict[tuple, Run] = {}
     replaced = 0
     for item in runs:
@@ -73,11 +82,17 @@ def load_runs(tracking_uri: str, name: str = "") -> tuple[list[Run], list[str]]:
     if unfinished:
         notes.append(f"not finished, so not in the table: {', '.join(unfinished)}")
     if replaced:
-        notes.append(f"of runs with equal network, method and seed the last is shown; {replaced} older left out")
+        notes.append(f"of runs alike in network, method, options and seed the last is shown; {replaced} older left out")
     if not found:
         raise UserError(f"{tracking_uri}: no run in '{name}' has test metrics yet")
     pooled, lines = pool_folds(list(found.values()))
     return pooled, [*notes, *lines]
+
+
+def without_repeated(runs: list[Run]) -> list[Run]:
+    """Runs without those of teachers that only tested what another run has trained, and so tell no options."""
+    trained = [(*item.subject, item.seed, item.cases) for item in runs if item.options]
+    return [item for item in runs if item.options or (*item.subject, item.seed, item.cases) not in trained]
 
 
 def with_known_data(runs: list[Run]) -> tuple[list[Run], list[str]]:

@@ -3,12 +3,16 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import yaml
+
 from data_tools.errors import UserError
 from data_tools.ownership import owned
+from spark_dist.evaluation.comparison import Choices, differing, options_text
 from spark_dist.evaluation.intervals import paired_difference, summarise
 from spark_dist.evaluation.metrics import read_cases
 from spark_dist.networks.checkpoint import ModelCard, load_card
 
+from .compared_options import options_of
 from .distributed import by_main
 from .job import Job
 from .journal import finished
@@ -50,6 +54,8 @@ def outcome(job: Job) -> str:
         job.tracker.tags({"student_alone": str(beside.parent)})
         text = "{mean:+.4f} [{low:+.4f}, {high:+.4f}]".format(**found)
         line = f"student: {text} in test Dice to the student alone in {beside.parent}"
+        if other := options_text(unlike(job.folder, beside.parent), options_in(beside.parent)):
+            line, text = f"{line}, which has other options: {other}", f"{text}, that one having other options: {other}"
     rows[f"student, {card.method}"] = dice
     job.tracker.tags({"mlflow.note.content": description(rows, text)})
     log_table(job.tracker, student)  # beside that of a student alone, which has no run above it
@@ -58,17 +64,33 @@ def outcome(job: Job) -> str:
 
 def student_alone(folder: Path, card: ModelCard) -> tuple[Path | None, dict[str, float]]:
     """The stage of a finished job in a folder beside this one that trained the same network without a teacher, with
-    its Dice of each test case: same data, split, task, width and seed; of several, the latest."""
-    data = data_of(folder)
-    stages = [file.parent for file in folder.resolve().parent.glob("*/network/test_cases.json")]
-    for stage in sorted(stages, key=lambda stage: (stage / "test_cases.json").stat().st_mtime, reverse=True):
+    its Dice of each test case: same data, split, task, width and seed; of several, the one whose options differ in the
+    fewest, and of these the latest."""
+    data, found = data_of(folder), []
+    for stage in [file.parent for file in folder.resolve().parent.glob("*/network/test_cases.json")]:
         try:
             other, dice = load_card(stage / "best.safetensors"), test_dice(stage)
+            distance = len(unlike(folder, stage.parent))
         except UserError:  # not this job's files
             continue
         if data_of(stage.parent) == data and kind(other) == kind(card) and finished(stage):
-            return stage, dice
-    return None, {}
+            found.append((distance, -(stage / "test_cases.json").stat().st_mtime, stage, dice))
+    return min(found)[2:] if found else (None, {})
+
+
+def unlike(folder: Path, other: Path) -> set[str]:
+    """The names of the options of training in which two jobs differ."""
+    return differing(options_in(folder), options_in(other))
+
+
+def options_in(folder: Path) -> Choices:
+    """A job's options of training, as its folder has them. Raises `UserError` if they can't be read."""
+    file = folder / "config.yaml"
+    try:
+        options = yaml.safe_load(file.read_text())
+        return options_of({key: str(value) for key, value in options.items()}, distilled=False)[0]
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        raise UserError(f"{file}: not the options of a job") from None
 
 
 def kind(card: ModelCard) -> tuple:

@@ -48,6 +48,9 @@ OF_A_STAGE = (
     *("epochs", "steps", "network", "width", "pretrained"),
 )
 """Beginnings of the options that hold of one network of a job, and are told of that alone."""
+OF_A_STUDENT = ("teacher", "teacher_width", "teacher_epochs", "teacher_steps", "teacher_tta", "rounds", "together")
+OF_A_STUDENT += ("cache", "distill_schedule", "distill_warmup", "unlabelled_share")
+"""Those of its teacher and of distilling that are told of a student."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,12 +223,19 @@ def stage_params(options: TrainingOptions, card: ModelCard, role: str, epochs: i
     """The options that hold of this very network's training, a method's weights and settings each by its name."""
     found = {key: value for key, value in plain(options).items() if not key.startswith(OF_A_STAGE)}
     found |= {"network": card.network, "width": card.width, "seed": card.seed, "method": card.method}
-    found |= {"epochs": epochs} if epochs else {}
+    if epochs:
+        found |= {"epochs": epochs, "steps": steps_told(options, role)}
     if role == "student" and isinstance(options, DistillOptions):
         found |= {f"method.{key}": v for key, v in (distiller_settings(options.method) | options.weights).items()}
-        found |= {key: getattr(options, key) for key in ("teacher", "teacher_width", "rounds", "together", "cache")}
-        found |= {key: getattr(options, key) for key in ("distill_schedule", "distill_warmup", "unlabelled_share")}
+        found |= {key: getattr(options, key) for key in OF_A_STUDENT}
     return found
+
+
+def steps_told(options: TrainingOptions, role: str) -> int:
+    """The optimizer steps that options ask for of a job's network; 0 where its epochs count."""
+    if role == "teacher" and isinstance(options, DistillOptions):
+        return options.teacher_steps or (0 if options.teacher_epochs else options.steps)
+    return options.steps
 
 
 def adapt(distillation: Distillation, options: TrainingOptions) -> None:

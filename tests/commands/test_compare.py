@@ -203,6 +203,94 @@ def test_students_of_different_teachers_are_of_different_kinds():
     ]
 
 
+def optioned(values, seed=1, method="none", gain=None, **options):
+    """A run with these options, and a gain of its method."""
+    own = {"method": method, "teacher": "unet"} if method != "none" else {}
+    own |= {"method_options": (("method.gain", str(gain)),)} if gain else {}
+    return trained(values, seed=seed, options=tuple(sorted(options.items())), **own)
+
+
+def test_runs_of_other_options_are_no_seeds_of_one_another_and_the_table_says_in_what_they_differ():
+    runs = [optioned([0.5, 0.7], seed, augment="none", crop_shift="[0, 0]", lr="0.1") for seed in (1, 2)]
+    runs.append(optioned([0.6, 0.8], 3, augment="full", crop_shift="[0, 1]", lr="0.1"))
+    runs += [optioned([0.5, 0.7], 1, "spark", gain, augment="none", crop_shift="[0, 0]", lr="0.1") for gain in (1, 9)]
+    rows = compare(runs)
+    none = "student alone; augment none, crop-shift [0, 0]"
+    assert [(row.title, row.seeds) for row in rows] == [
+        ("student alone; augment full, crop-shift [0, 1]", "3"),
+        (none, "1"),
+        (none, "2"),
+        ("student, spark (unet); gain 1", "1"),
+        ("student, spark (unet); gain 9", "1"),
+        (none, "2 seeds"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("alone", "difference", "cell", "remark"),
+    [
+        ([("full", "9", 0.5), ("none", "9", 0.1)], 0.1, "]", None),
+        (
+            [("none", "9", 0.4), ("none", "5", 0.1)],
+            0.2,
+            "]†",
+            "† {}: the student alone has other options: augment none",
+        ),
+        ([("none", "5", 0.1)], 0.5, "]†", "† {}: the student alone has other options: augment none, steps 5"),
+        ([("none", "9", 0.1), ("full", "5", 0.1)], None, "‡", "‡ {}: no difference, as several students alone have"),
+    ],
+)
+def test_a_student_is_compared_with_the_one_alone_of_its_options_or_the_table_says_what_differs(
+    alone, difference, cell, remark
+):
+    runs = [optioned([dice], augment=augment, steps=steps) for augment, steps, dice in alone]
+    rows = compare([*runs, optioned([0.6], method="spark", augment="full", steps="9")])
+    (row,) = [row for row in rows if row.method == "spark"]
+    assert row.difference == (difference and pytest.approx(difference))
+    assert columns(rows, "dice").get("points to alone", [""])[-1].endswith(cell)
+    lines = [line for line in remarks(rows) if line[0] in "†‡"]
+    assert bool(lines) == bool(remark)
+    assert not remark or lines[0].startswith(remark.format(row.title))
+
+
+def test_a_teacher_is_the_one_of_the_students_options():
+    teachers = [trained([dice], "unet", "teacher", options=(("steps", n),)) for n, dice in (("9", 0.7), ("5", 0.9))]
+    rows = compare([*teachers, optioned([0.5], steps="9"), optioned([0.6], method="spark", steps="9")])
+    assert rows[-1].gap_closed == pytest.approx(0.5)
+
+
+def test_the_options_of_runs_are_told_by_their_parameters(store, tmp_path, capsys):
+    same = {"lr": 0.003, "crop": [48, 32], "epochs": 20, "steps": 500}
+    logged(store, tmp_path / "a", trained([0.5, 0.7], seed=1), params=same | {"workers": 2, "compile": True})
+    # As many steps take other epochs where there are fewer slices; what an older run does not tell has its default.
+    logged(store, tmp_path / "b", trained([0.5, 0.7], seed=2), params=same | {"epochs": 30, "context": 0})
+    logged(store, tmp_path / "c", trained([0.6, 0.7], seed=3), params=same | {"context": 1})
+    logged(store, tmp_path / "d", trained([0.6, 0.7], seed=4), params={"lr": 0.003, "crop": [48, 32], "epochs": 20})
+    teacher = trained([0.9, 0.8], "unet", "teacher")
+    logged(store, tmp_path / "first", teacher, params=same)
+    logged(store, tmp_path / "second", teacher, params={"augment": "full"})  # given, and what its job's student had
+    assert main(["compare", "--tracking-uri", store, "--json", "rows.json"]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["role"], row["seeds"], row["options"]) for row in rows] == [
+        ("teacher", "1", ""),
+        ("student", "4", "context 0, epochs 20"),
+        ("student", "1", "context 0, steps 500"),
+        ("student", "2", "context 0, steps 500"),
+        ("student", "3", "context 1, steps 500"),
+        ("student", "2 seeds", "context 0, steps 500"),
+    ]
+    assert "student alone; context 1, steps 500" in capsys.readouterr().out
+
+
+def test_folds_of_older_runs_are_pooled_whatever_epochs_their_steps_took(store, tmp_path):
+    for number, (cases, epochs) in enumerate((("ab", 3), ("cd", 2))):
+        run = trained([0.5, 0.7], cases={case: {"dice": 0.5, "hd95": 1.0} for case in cases}, split=f"cv-fold{number}")
+        fold = {"fold": f"{number} of 2", "crossval": "a hash"}
+        logged(store, tmp_path / cases, run, data=f"hash {number}", params={"epochs": epochs}, **fold)
+    ((run,), _) = load_runs(store)
+    assert sorted(run.cases) == ["a", "b", "c", "d"]
+
+
 def test_an_unknown_figure_names_the_known():
     with pytest.raises(UserError, match="did you mean dice"):
         compare([trained([0.5])], "dise")

@@ -54,6 +54,7 @@ def test_all_folds_of_a_cross_validation_are_one_run_with_every_case():
         ([of_fold(0, "ab"), of_fold(1, "bc")], "tested in several folds"),
         ([of_fold(0, "ab"), of_fold(1, "cd", network="unet")], "is not finished"),
         ([of_fold(0, "ab"), of_fold(1, "cd", seed="1")], "is not finished"),
+        ([of_fold(0, "ab"), of_fold(1, "cd", options=(("augment", "full"),))], "is not finished"),
         ([of_fold(0, "ab"), of_fold(1, "cd", crossval="other")], "is not finished"),
     ],
 )

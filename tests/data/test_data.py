@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from data_tools.errors import UserError
 from data_tools.store import open_store, write_case, write_split
+from spark_dist.data.augmentation import Views
 from spark_dist.data.batches import SliceDataset, to_device
 from spark_dist.data.loader import Prefetcher, blocks_per_worker, training_loader
 from spark_dist.data.order import EpochSampler, Order
@@ -192,13 +193,16 @@ def test_too_many_processes_for_a_batch_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("workers", "views"),
+    [(n, Views(SPEC.crop, "flips")) for n in (1, 2, 3)] + [(2, Views(SPEC.crop, "full", anywhere=True, seed=3))],
+)
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_workers_give_the_same_batches(table, workers):
+def test_workers_give_the_same_batches(table, workers, views):
     """Also to one who takes his time, while the workers go on filling their blocks, or who leaves in the middle."""
-    dataset = SliceDataset(table, SPEC)
+    dataset = SliceDataset(table, SPEC, views=views)
     dataset.__getitems__([0, 1])  # opened in the parent before the workers start
-    sampler = EpochSampler(Order(len(table), 1, 0, 8))
+    sampler = EpochSampler(Order(len(table), 1, 0, views.count))
     plain = [dataset.__getitems__(keys) for keys in sampler]
     loader = training_loader(dataset, sampler, workers)
     assert len(plain) > workers * blocks_per_worker(workers)

@@ -129,6 +129,50 @@ def test_wrong_lists(tmp_path, text, error):
     assert str(file) in str(caught.value)
 
 
+FOLDS = [{"train": ["c002", "c003", "c001"], "val": ["c000"]}, {"train": ["c000", "c003", "c002"], "val": ["c001"]}]
+FOLDS += [{"train": ["c000", "c001"], "val": ["c003", "c002"]}]
+
+
+def test_nnunets_folds_are_folds_of_a_cross_validation(tmp_path):
+    file = tmp_path / "splits_final.json"
+    file.write_text(json.dumps(FOLDS))
+    made = {"lists": "splits_final.json", "folds": 3}
+    assert splits_by_lists(a_store(2, 2), file) == [
+        {"train": ["c002", "c003"], "val": ["c001"], "test": ["c000"], "seed": None, "made": made | {"fold": 0}},
+        {"train": ["c000"], "val": ["c002", "c003"], "test": ["c001"], "seed": None, "made": made | {"fold": 1}},
+        {"train": ["c001"], "val": ["c000"], "test": ["c002", "c003"], "seed": None, "made": made | {"fold": 2}},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("folds", "error"),
+    [
+        (FOLDS[:2], "it takes 3 folds or more"),
+        ([*FOLDS[:2], {"train": ["c000", "c001", "c002", "c003"]}], "fold 2 has no val cases"),
+        ([*FOLDS[:2], {"train": ["c000"], "val": ["c003", "c002"]}], "case 'c001' is not in all folds"),
+        ([*FOLDS, FOLDS[1]], "case 'c001' is in the val part of two folds"),
+    ],
+)
+def test_folds_that_are_no_cross_validation_are_refused(tmp_path, folds, error):
+    file = tmp_path / "splits_final.json"
+    file.write_text(json.dumps(folds))
+    with pytest.raises(UserError, match=error) as caught:
+        splits_by_lists(a_store(2, 2), file)
+    assert str(file) in str(caught.value)
+
+
+def test_lists_that_test_each_case_once_are_folds(tmp_path):
+    file = tmp_path / "mine.json"
+    one = {"train": ["c000", "c001"], "val": ["c002"], "test": ["c003"]}
+    for other, folds in (
+        (one | {"train": ["c003", "c001"], "test": ["c000"]}, [(0, 2), (1, 2)]),
+        (one, [(None, None)] * 2),
+    ):
+        file.write_text(json.dumps([one, other]))
+        found = [record["made"] for record in splits_by_lists(a_store(2, 2), file)]
+        assert [(made.get("fold"), made.get("folds")) for made in found] == folds
+
+
 def test_fewer_cases_than_parts():
     with pytest.raises(UserError, match=r"2 cases leave test \(0.2\) without any; prepare more cases"):
         split_by_shares(a_store(1, 1), fractions(0.5, 0.3, 0.2), 0)

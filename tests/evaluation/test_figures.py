@@ -1,15 +1,18 @@
 import math
 import subprocess
 import sys
+from itertools import combinations
 
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
+from data_tools import preview, stats
 from spark_dist.evaluation.comparison import Row
 from spark_dist.evaluation.figures import (
     MISSED,
+    PALETTE,
     TARGET,
     WRONG,
     PredictedSlice,
@@ -18,7 +21,7 @@ from spark_dist.evaluation.figures import (
     over_all_seeds,
     prediction_figure,
 )
-from spark_dist.evaluation.panel import around
+from spark_dist.evaluation.panel import REGIONS, around
 
 
 def shares(path, first=0.0, last=1.0):
@@ -61,6 +64,37 @@ def test_colours_say_what_is_right_missed_and_wrong(tmp_path, prediction, seen):
     assert {name for name, share in shares(path, 0.7, 1.0).items() if share > 1e-3} == seen
     assert {name for name, share in shares(path, 0.4, 0.6).items() if share > 1e-3} == {"target"}
     assert not any(shares(path, 0.0, 0.3).values())
+
+
+SEEN = {
+    "as they are": np.eye(3),
+    "protanopia": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+    "deuteranopia": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+    "tritanopia": [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]],
+}
+"""How people see linear RGB (Machado et al., IEEE TVCG 2009)."""
+TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+
+
+def lab(colour, seen):
+    """CIELAB of an sRGB colour as people see it."""
+    colour = np.asarray(colour)
+    linear = np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
+    ratios = TO_XYZ @ np.clip(np.asarray(seen) @ linear, 0, 1) / (0.9505, 1, 1.089)
+    x, y, z = np.where(ratios > 0.008856, np.cbrt(ratios), 7.787 * ratios + 16 / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("seen", SEEN)
+@pytest.mark.parametrize(
+    ("colours", "share"),
+    [((*REGIONS[:6], MISSED, WRONG), 0.55), (preview.COLOURS[:6], 1), (stats.COLOURS[:6], 1), (PALETTE, 1)],
+    ids=["predictions", "preview", "stats", "comparison"],
+)
+def test_colour_blind_people_tell_colours_apart(colours, share, seen):
+    """By ten or more in CIELAB, where two is what is just noticeable; over grey where images shine through."""
+    places = [lab(share * np.array(to_rgb(colour)) + (1 - share) * 0.5, SEEN[seen]) for colour in colours]
+    assert min(np.linalg.norm(a - b) for a, b in combinations(places, 2)) > 10
 
 
 def test_there_is_a_row_for_each_slice_and_a_column_for_each_network(tmp_path):

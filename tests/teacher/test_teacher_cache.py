@@ -138,21 +138,29 @@ def test_everything_that_matters_is_in_the_name():
     assert fingerprint(facts | {"teacher_weights": weights_hash(teacher)}) != before
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float16", 1e-3)])
+@pytest.mark.parametrize(
+    ("views", "dtype", "tolerance"),
+    [
+        (Views(SPEC.crop, "flips"), "float32", 1e-6),
+        (Views(SPEC.crop, "flips"), "float16", 1e-3),
+        (Views(SPEC.crop, "full", anywhere=True, number=4), "float32", 1e-6),
+    ],
+    ids=["flips-float32", "flips-float16", "full-float32"],
+)
 @pytest.mark.parametrize("method", sorted(DISTILLERS))
-def test_cached_losses_equal_live_ones_in_all_orientations(tiny_store, tmp_path, method, dtype, tolerance):
+def test_cached_losses_equal_live_ones_in_all_views(tiny_store, tmp_path, method, views, dtype, tolerance):
     torch.manual_seed(0)
     table = slice_table(open_store(tiny_store), "default", "train", "organ")
     student = build_network("enet", width=0.25).eval()
     teacher = build_network("enet" if method == "tfkd" else "unet", width=0.25 if method == "tfkd" else 0.05)
     make_confident(teacher, table)
     distiller = build_distiller(method, student=student.taps, teacher=teacher.taps, samples=len(table)).eval()
-    size = len(table) * ORIENTATIONS
+    size = len(table) * views.count
     shapes = probe_targets(distiller, teacher.taps, (32, 32))[1]
-    keys = [row * ORIENTATIONS + row for row in range(ORIENTATIONS)]
+    keys = [row * views.count + row % views.count for row in range(8)]
 
     def losses(cache):
-        dataset = SliceDataset(table, SPEC, cache)
+        dataset = SliceDataset(table, SPEC, cache, views)
         batch = to_device(dataset.__getitems__(keys), dataset, torch.device("cpu"))
         targets = TeacherTargets(teacher, distiller, cache, nullcontext)
         torch.manual_seed(1)

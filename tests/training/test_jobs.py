@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from spark_dist.evaluation.comparison import compare
 from spark_dist.training.checkpoint import load_state, newest_state
+from spark_dist.training.finished_runs import load_runs
 from spark_dist.training.journal import read_journal
 
 SMALL = ("--task", "organ", "--crop", 32, "--crop-shift", "[0,0]", "--batch-size", 8, "--log-every", 2)
@@ -64,6 +66,7 @@ def test_two_processes_train_teacher_and_student_and_reuse_the_cache(distilled, 
     assert "reuses it" in second.stdout
     assert "student alone" not in first.stdout
     assert "to the student alone in " in second.stdout
+    assert ", which has other options: epochs 1\n" in second.stdout
     (run,) = client.search_runs([experiment.experiment_id], "attributes.run_name = 'two'")
     cases = [
         json.loads((tmp_path / out / "test_cases.json").read_text())["cases"]
@@ -81,6 +84,10 @@ def test_two_processes_train_teacher_and_student_and_reuse_the_cache(distilled, 
 
     third = distilled("three", "--epochs", 2, "--seed", 5)  # another teacher
     assert "(new): 0 of" in third.stdout
+
+    rows = compare(load_runs(f"sqlite:///{tmp_path}/mlflow.db")[0])
+    found = [(row.title, row.against_options) for row in rows if row.seeds == "2 seeds"]
+    assert found == [("teacher", ""), ("student alone", ""), ("student, spark (unet)", "epochs 1")]
 
 
 def check_pages(client, parent, teacher, student):

@@ -89,11 +89,20 @@ def draw(generator, count, processes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("processes", "workers", "accumulate", "faults"),
-    [(1, 0, 1, 12), (2, 0, 2, 12), (1, 2, 2, 3), (2, 2, 1, 3)],
+    ("processes", "workers", "accumulate", "faults", "options"),
+    [
+        (1, 0, 1, 12, ""),
+        (2, 0, 2, 12, ""),
+        (1, 2, 2, 3, ""),
+        (2, 2, 1, 3, ""),
+        (1, 0, 1, 5, "--slices mixed --target-share 0.3"),
+        (1, 1, 1, 4, "--slices all --augment full --crop-at anywhere --views 3"),
+        (1, 0, 1, 5, "--slices all --task organ,tumour --context 1"),
+    ],
 )
-def test_interrupted_equals_uninterrupted(jobs, tiny_store, tmp_path, processes, workers, accumulate, faults):
+def test_interrupted_equals_uninterrupted(jobs, tiny_store, tmp_path, processes, workers, accumulate, faults, options):
     arguments = ("--dataset", tiny_store, *SMALL, "--workers", workers, "--accumulate", accumulate, "--out", "job")
+    arguments += tuple(options.split())
     if accumulate > 1:
         arguments += ("--ema", 0.9, "--clip", 0.5, "--distill-schedule", "cosine", "--distill-warmup", 0.25)
     codes, log = jobs("distill", *arguments, folder=tmp_path / "whole", processes=processes)
