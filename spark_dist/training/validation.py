@@ -23,6 +23,7 @@ from spark_dist.teacher.saved import SavedNetworks
 
 from .distributed import by_main
 from .job import Job
+from .logged_model import describe
 from .tracking import Tracker
 
 TABLE = "cases.json"
@@ -69,11 +70,8 @@ def evaluate_on_test(
     summary = summaries(metrics)
     job.say(f"{role}: test {format_summaries(summary)}")
     tracker.metrics({f"test/{key}": s["mean"] for key, s in summary.items()}, step=0)
-    results = results_of(summary, card)
-    tracker.metrics(results, step=0)
-    # Under the same names too, so that it stands beside a student alone, which has no run above it.
-    above = {f"{role}/{key}": value for key, value in results.items()} | (results if role == "student" else {})
-    job.tracker.metrics(above, step=0)
+    log_results(job, role, tracker, results_of(summary, card))
+    tracker.tags({"mlflow.note.content": f"Test {format_summaries(summary)}.\n\n{describe(card)}"})
     if job.accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         if not before or not picture.exists():
@@ -85,6 +83,14 @@ def evaluate_on_test(
         write_text(folder / TABLE, json.dumps(as_table(metrics)))
         log_table(tracker, folder)
     job.accelerator.wait_for_everyone()
+
+
+def log_results(job: Job, role: str, tracker: Tracker, values: Mapping[str, float]) -> None:
+    """Log numbers that a network is chosen by, in its own run and in the job's."""
+    tracker.metrics(values, step=0)
+    # Those of a student under the same names too, so that it stands beside one alone, which has no run above it.
+    named = {f"{role}/{key}": value for key, value in values.items()}
+    job.tracker.metrics(named | (dict(values) if role == "student" else {}), step=0)
 
 
 def log_table(tracker: Tracker, folder: Path) -> None:
