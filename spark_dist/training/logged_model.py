@@ -1,7 +1,6 @@
 """A trained network as a model of MLflow: loaded by `mlflow.pyfunc`, served by `mlflow models serve`."""
 
 import tempfile
-import warnings
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
@@ -78,8 +77,6 @@ def save(folder: Path, checkpoint: Path, example: np.ndarray, about) -> None:
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 
-    # Here, as another thread that restores its filters would undo an earlier one. The signature says the type.
-    warnings.filterwarnings("ignore", ".*Add type hints to the `predict` method")
     whole = (-1, -1, -1)
     mlflow.pyfunc.save_model(
         folder,
