@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from spark_dist.training.checkpoint import load_state, newest_state
 from spark_dist.training.journal import read_journal
+from spark_dist.training.runs_page import COLUMNS
 
 SMALL = ("--task", "organ", "--crop", 32, "--crop-shift", "[0,0]", "--batch-size", 8, "--log-every", 2)
 SMALL += ("--slices", "labelled")
@@ -110,6 +111,7 @@ def check_pages(client, parent, teacher, student):
         assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": "cases.json", "type": "table"}]
         assert {"mlflow.user", "torch", "device", "mixed_precision"} < run.data.tags.keys()
         assert f"| network | {run.data.tags['network']} |" in run.data.tags["mlflow.note.content"]
+    assert set(COLUMNS) - {"student/difference_to_alone"} <= parent.data.metrics.keys()
     assert student.data.params["network"] == "enet"
     assert "method.gain" in student.data.params
     assert (teacher.data.params["network"], teacher.data.params["method"]) == ("unet", "none")

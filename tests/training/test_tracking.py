@@ -21,7 +21,8 @@ from data_tools.errors import UserError
 from spark_dist.training.finished_runs import load_runs
 from spark_dist.training.journal import read_journal
 from spark_dist.training.mlflow_client import absolute_uri, make_client
-from spark_dist.training.sender import BATCH, batches
+from spark_dist.training.runs_page import VIEW_TAG
+from spark_dist.training.sender import BATCH, Sender, batches
 from spark_dist.training.system_metrics import SystemMetrics
 from spark_dist.training.tracking import Tracker, failure_of, null_tracker, open_run, page_of, sync
 
@@ -533,6 +534,12 @@ def test_the_page_is_that_of_the_runs(sent, tmp_path, monkeypatch):
     (run,) = (run for run in runs(store) if run.info.run_name == "job")
     assert run.info.experiment_id != "0"
     address = f"/#/experiments/{run.info.experiment_id}/runs?workflowType=machine_learning&viewStateShareKey=results"
+    client = make_client(store)
+    saved = json.loads(client.get_experiment(run.info.experiment_id).tags[VIEW_TAG])
+    assert "metrics.`test_dice`" in json.loads(saved["state"])["selectedColumns"]
+    client.set_experiment_tag(run.info.experiment_id, VIEW_TAG, "changed by somebody")
+    Sender(sent, store).send()
+    assert client.get_experiment(run.info.experiment_id).tags[VIEW_TAG] == "changed by somebody"
     monkeypatch.chdir(tmp_path)
     page = page_of(tmp_path, "sqlite:///mlflow.db")
     program = Path(sys.executable).with_name("mlflow")
