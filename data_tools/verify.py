@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -18,6 +19,7 @@ from .layouts import Source, find_sources
 from .location import exists, finished, located, open_array
 from .options import Options, options_of
 from .pool import results
+from .predictions import FORMAT
 from .prepare import Result, convert, prepare_case, source_hashes
 from .progress import console, progress
 from .report import add_case, cases_table
@@ -46,11 +48,13 @@ class Repair(NamedTuple):
 
 
 def verify(store: Path, root: Path | None, patterns: Sequence[str] | None, repair: Repair, workers: int) -> int:
-    """Verify the store's own metadata, its splits and all cases, print a table, and return how many are damaged.
+    """Verify the store's own metadata, its splits, all cases and the predictions beside them, print a table, and return
+    how many are damaged.
 
     With `root`, the folder that the cases came from, every voxel is compared with the NIfTI files; `patterns` are
-    those of layout pairs if the files have other names now. What `repair` healed is not counted. Raises `UserError` if
-    `store` is no store, or there is something to repair without a `root`.
+    those of layout pairs if the files have other names now. What `repair` healed is not counted; predictions are not
+    mended, as the folder that they came from is not known. Raises `UserError` if `store` is no store, or there is
+    something to repair without a `root`.
     """
     if repair.damaged and root is None:
         raise UserError(f"{store}: --repair prepares damaged cases again and needs --source, the folder they came from")
@@ -73,7 +77,7 @@ def verify(store: Path, root: Path | None, patterns: Sequence[str] | None, repai
             if result.status != "sound":
                 say_error(f"{result.case}: {result.note}", "note" if result.status == "repaired" else "error")
             bar.advance(bar.task_ids[0])
-    return summary(store, done, groups)
+    return summary(store, done, groups) + verify_predictions(store, workers)
 
 
 def check_groups(path: Path, repair: bool) -> dict[str, str]:
@@ -149,9 +153,7 @@ def damages(store: Path, case: Case) -> Iterator[str]:
             yield f"{kind} of shape {array.shape}, not {case.shape}"
             continue
         bad, miscounted = [], []
-        # The good slices of a damaged shard are read one by one.
-        parts = (shard(array, z, min(z + SHARD_SLICES, case.shape[0])) for z in range(0, case.shape[0], SHARD_SLICES))
-        for z, voxels in chain.from_iterable(parts):
+        for z, voxels in slices_of(array):
             if voxels is None:
                 bad.append(z)
             elif kind == "label" and counts(voxels, case.label_counts.shape[1]) != case.label_counts[z].tolist():
@@ -160,6 +162,67 @@ def damages(store: Path, case: Case) -> Iterator[str]:
             yield f"{kind} slice {ranges(bad)} can't be read"
         if miscounted:
             yield f"label counts of slice {ranges(miscounted)} are wrong"
+
+
+def verify_predictions(store: Path, workers: int) -> int:
+    """Verify the predictions of foreign models in a store, print a line on each model's, and return how many are
+    damaged."""
+    folders = [folder for folder in sorted(store.glob("predictions/*/*")) if not folder.name.startswith(".")]
+    names = [f"{folder.parent.name}/{folder.name}" for folder in folders]
+    tally: dict[str, Counter] = {}
+    for result in results(partial(verify_prediction, store), names, workers, lost_prediction):
+        tally.setdefault(result.case.partition("/")[0], Counter())[result.status] += 1
+        if result.note:
+            say_error(f"{store / 'predictions' / result.case}: {result.note}")
+    for name, counted in sorted(tally.items()):
+        found = ", ".join(f"{counted[status]} {status}" for status in ("sound", "damaged") if counted[status])
+        console.print(f"predictions '{name}': {found}")
+    return sum(counted["damaged"] for counted in tally.values())
+
+
+def lost_prediction(name: str, reason: str) -> Result:
+    """The result of a prediction whose process died."""
+    return Result(name, "damaged", f"not verified, {reason}")
+
+
+def verify_prediction(store: Path, name: str) -> Result:
+    """Whether a prediction, `model/case`, is sound, or damaged, or of a case that is not there or of another image."""
+    folder, case = store / "predictions" / name, None
+    with suppress(UserError):  # what is wrong with the case itself is said of that
+        case = read_case(store, folder.name)
+    try:
+        facts = read_sealed(folder)
+        if facts.get("format") != FORMAT:
+            problem = "is no prediction"
+        elif case is None:
+            problem = "is of a case that the store lacks"
+        elif facts.get("image_sha256") != case.source.get("image_sha256"):
+            problem = "was made for another image"
+        else:
+            problem = "; ".join(prediction_damages(folder, case, len(attributes_of(store)["labels"])))
+    except (UserError, OSError) as error:
+        problem = str(error)
+    advice = "move it away, and run spark-data predictions again"
+    return Result(name, "damaged", f"{problem}; {advice}") if problem else Result(name, "sound")
+
+
+def prediction_damages(folder: Path, case: Case, labels: int) -> Iterator[str]:
+    """Damage to the voxels of a case's prediction."""
+    kind = "label" if (folder / "label").is_dir() else "probabilities"
+    array = open_array(folder / kind)
+    depth, *plane = case.shape
+    wanted = (depth, *plane) if kind == "label" else (depth, labels, *plane)
+    if tuple(array.shape) != wanted:
+        yield f"{kind} of shape {tuple(array.shape)}, not {wanted}"
+    elif bad := [z for z, voxels in slices_of(array) if voxels is None]:
+        yield f"{kind} slice {ranges(bad)} can't be read"
+
+
+def slices_of(array) -> Iterator[tuple[int, np.ndarray | None]]:
+    """All slices of a volume with their voxels, or None where they can't be read."""
+    depth = array.shape[0]
+    # The good slices of a damaged shard are read one by one.
+    return chain.from_iterable(shard(array, z, min(z + SHARD_SLICES, depth)) for z in range(0, depth, SHARD_SLICES))
 
 
 def shard(array, start: int, stop: int) -> Iterator[tuple[int, np.ndarray | None]]:

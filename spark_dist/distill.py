@@ -11,10 +11,13 @@ from functools import partial
 
 from torch import nn
 
+from data_tools.errors import UserError
+from spark_dist.data.predictions import kind_of_predictions
 from spark_dist.teacher.saved import WITH_FLIPS, SavedNetworks
 from spark_dist.teacher.targets import TeacherTargets
 from spark_dist.training.checks import check
 from spark_dist.training.distillation import Distillation, distillation_factor
+from spark_dist.training.distributed import by_main
 from spark_dist.training.frozen_teacher import (
     choose_cache,
     distiller_between,
@@ -29,7 +32,7 @@ from spark_dist.training.live import LiveTeacher
 from spark_dist.training.loop import Teaching
 from spark_dist.training.outcome import log_outcome
 from spark_dist.training.stage import Stage, build, model_card, stage_tracker, train_stage, without_teacher
-from spark_dist.training.validation import evaluate_on_test
+from spark_dist.training.validation import evaluate_foreign_on_test, evaluate_on_test
 
 from .config import DistillOptions
 
@@ -56,6 +59,7 @@ def train_in_turns(job: Job) -> None:
     """
     o, teacher, student = job.options, teacher_stage(job), student_stage(job)
     if o.teacher_predictions:
+        test_foreign_teacher(job)
         train_stage(job, student, partial(with_predictions, job))
         return
     for part in range(1, o.rounds + 1):
@@ -128,6 +132,28 @@ def given_teacher(job: Job) -> SavedNetworks:
         with stage_tracker(job, "teacher", card, network) as tracker:
             evaluate_on_test(job, "teacher", teacher, folder, tracker)
     return teacher
+
+
+def test_foreign_teacher(job: Job) -> None:
+    """Test the predictions of a foreign teacher, if all test cases have one, as a run of its own so that it can be
+    compared."""
+    name, cases = job.options.teacher_predictions, job.store.split(job.options.split, "test")
+    if is_done(job, job.folder / "teacher"):
+        return
+
+    def lacking() -> str:
+        try:
+            kind_of_predictions(job.store, name, cases)
+        except UserError as error:
+            return f"teacher: not in the comparison, for want of predictions of all test cases ({error})"
+        return ""
+
+    if line := by_main(job.accelerator, lacking):
+        job.say(line)
+        return
+    card = model_card(job, Stage(role="teacher", network=name, width=1.0, epochs=0))
+    with stage_tracker(job, "teacher", card, nn.Identity()) as tracker:
+        evaluate_foreign_on_test(job, card, tracker)
 
 
 def with_teacher(job: Job, teacher: SavedNetworks, epochs: range, student: nn.Module) -> Teaching:

@@ -8,6 +8,7 @@ import numpy as np
 
 from data_tools.errors import UserError
 from data_tools.labels import Task
+from data_tools.location import finished
 from data_tools.predictions import prediction_of
 from data_tools.shards import PendingSlice, SliceReader, damage_named
 from data_tools.store import Store
@@ -48,8 +49,22 @@ class PendingPredictions:
             plane = self.task.classes_of(stored)
             self.array[n] = self.views.of_planes(row, number, [plane], target(label, plane), nearest=True)[0]
             return
-        planes = [stored[[value - 1 for value in values]].astype(np.float32).sum(axis=0) for values in self.task.values]
+        planes = of_classes(stored, self.task)
         self.array[n] = self.views.of_planes(row, number, planes, target(label, planes[0]), nearest=False)
+
+
+def of_classes(stored: np.ndarray, task: Task) -> list[np.ndarray]:
+    """The probability of each class of a task but the background, each (…) float32, from those of the store's labels
+    (L, …)."""
+    return [stored[[value - 1 for value in values]].astype(np.float32).sum(axis=0) for values in task.values]
+
+
+def read_prediction(store: Store, name: str, case: str) -> tuple[np.ndarray, str]:
+    """All of a case's prediction, and its kind: `label` (Z, H, W), or `probabilities` (L, Z, H, W) of the store's
+    labels. Raises `UserError` if it is not there or damaged."""
+    folder, kind = prediction_of(store, name, case)
+    stored = finished(SliceReader(folder / kind).array.read(), f"{store.path}: prediction '{name}' of case {case}")
+    return (stored, kind) if kind == "label" else (stored.swapaxes(0, 1), kind)
 
 
 def target(label: np.ndarray | None, plane: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Per-case metrics of a network on whole volumes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import nn
 from data_tools.errors import UserError
 from data_tools.labels import names_in
 from data_tools.store import Store
+from spark_dist.data.predictions import of_classes, read_prediction
 from spark_dist.data.slices import VoxelReader
 from spark_dist.data.views import SliceSpec
 
@@ -80,17 +81,52 @@ def evaluate_cases(
     that of the surface Dice; None leaves out the metrics of surfaces, which take longest. Its parameters
     are the data's (store, cases, regions) and the protocol's.
     """
-    reader, regions = VoxelReader(store), regions or measured_regions(store, spec)
-    own = {}
-    for name in shares(store, cases, accelerator.num_processes)[accelerator.process_index]:
-        case = store.cases[name]
-        image, label = reader.case(name, "image"), reader.case(name, "label")
-        shown = np.isin(label, [value for region in regions.values() for value in region.values]).any(axis=(1, 2))
+    reader = VoxelReader(store)
+
+    def predict(name: str, shown: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        case, image = store.cases[name], reader.case(name, "image")
         whole, labelled = both_protocols(network, image, shown, case.window, spec)
-        whole = largest_components(whole) if largest_component else whole
+        return largest_components(whole) if largest_component else whole, labelled
+
+    return measure_cases(accelerator, store, cases, regions or measured_regions(store, spec), predict, tolerance)
+
+
+def evaluate_predictions(
+    accelerator: Accelerator, store: Store, prediction: str, cases: Sequence[str], spec: SliceSpec
+) -> dict[str, dict[str, Any]]:
+    """The metrics of the predictions of a foreign model that lie in the store, as `evaluate_cases` gives those of a
+    network. Raises `UserError` if a case has none, or a damaged one."""
+    task = store.task(spec.task)
+
+    def predict(name: str, shown: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        stored, kind = read_prediction(store, prediction, name)
+        if kind == "label":
+            return (classes := task.classes_of(stored)), classes
+        found = np.stack(of_classes(stored, task))
+        return predicted_classes(found, spec.threshold), predicted_classes(found, LABELLED_THRESHOLD)
+
+    return measure_cases(accelerator, store, cases, measured_regions(store, spec), predict)
+
+
+def measure_cases(
+    accelerator: Accelerator,
+    store: Store,
+    cases: Sequence[str],
+    regions: Mapping[str, Region],
+    predict: Callable[[str, np.ndarray], tuple[np.ndarray, np.ndarray]],
+    tolerance: float | None = TOLERANCE,
+) -> dict[str, dict[str, Any]]:
+    """Every case's metrics (see `evaluate_cases`). `predict` takes a case's name and which of its slices show a region
+    (Z,), and gives the classes (Z, H, W) of the protocols `volume` and `labelled-slices`."""
+    reader, own = VoxelReader(store), {}
+    for name in shares(store, cases, accelerator.num_processes)[accelerator.process_index]:
+        label = reader.case(name, "label")
+        shown = np.isin(label, [value for region in regions.values() for value in region.values]).any(axis=(1, 2))
+        whole, labelled = predict(name, shown)
+        spacing = store.cases[name].spacing
         found = {
             region: case_metrics(
-                np.isin(whole, classes), np.isin(label, values), case.spacing, np.isin(labelled, classes), tolerance
+                np.isin(whole, classes), np.isin(label, values), spacing, np.isin(labelled, classes), tolerance
             )
             for region, (values, classes) in regions.items()
         }

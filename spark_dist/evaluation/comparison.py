@@ -30,6 +30,7 @@ class Run:
     """Network of a distilled student's teacher."""
     seed: str
     parameters: int
+    """0 of a foreign teacher, of which nothing is known but its predictions."""
     cases: dict[str, dict[str, float]]
     """Metrics of the test cases."""
     data: str = ""

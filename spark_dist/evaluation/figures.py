@@ -177,7 +177,8 @@ MILLIMETRES = ("hd", "assd")
 def comparison_figure(parts: Mapping[str, Sequence[Row]], metric: str, path: Path) -> None:
     """A metric against the number of parameters, with its 95% intervals as bars; a panel for each part, by its title.
 
-    Where a kind of network was trained with several seeds, only the row over all of them is shown.
+    Where a kind of network was trained with several seeds, only the row over all of them is shown. A foreign teacher,
+    whose parameters nobody knows, is a line.
     """
     figure = Figure(figsize=(8, 4.2 * len(parts)), layout="constrained", facecolor="white")
     handles: dict[str, Any] = {}
@@ -185,7 +186,9 @@ def comparison_figure(parts: Mapping[str, Sequence[Row]], metric: str, path: Pat
     for axis, (heading, rows) in zip(figure.subplots(len(parts), squeeze=False)[:, 0], parts.items(), strict=True):
         shown = [row for row in over_all_seeds(rows) if math.isfinite(row.mean)]
         networks: dict[tuple[int, str], list[Row]] = defaultdict(list)
-        for row in shown:
+        for row in (row for row in shown if not row.parameters):
+            axis.axhline(row.mean, color=look(titles.index(row.title))[0], ls="--", label=f"{row.title}, {row.network}")
+        for row in (row for row in shown if row.parameters):
             networks[row.parameters, row.named_network].append(row)
         for (parameters, network), members in networks.items():
             for place, row in enumerate(members):

@@ -38,7 +38,7 @@ def columns(rows: Sequence[Row], metric: str) -> dict[str, list[str]]:
         "": [row.title for row in rows],
         "network": [row.named_network for row in rows],
         "seed": [row.seeds for row in rows],
-        "parameters": [f"{row.parameters:,}" for row in rows],
+        "parameters": [f"{row.parameters:,}" if row.parameters else "" for row in rows],
         "GFLOPs": [known("{:.3g}", row.gflops) for row in rows],
         "latency ms": [known("{:.1f}", row.latency_ms) for row in rows],
         metric: [known("{:.4f} [{:.3f}, {:.3f}]", row.mean, row.low, row.high) + missed(row.misses) for row in rows],

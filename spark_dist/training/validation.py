@@ -14,7 +14,7 @@ from torch import nn
 
 from data_tools.errors import UserError
 from data_tools.files import write_text
-from spark_dist.evaluation.cases import evaluate_cases, format_summaries, summaries
+from spark_dist.evaluation.cases import evaluate_cases, evaluate_predictions, format_summaries, summaries
 from spark_dist.evaluation.figures import draw_predictions
 from spark_dist.evaluation.metrics import read_cases, write_cases
 from spark_dist.evaluation.panel import draw_panel, shown_slices
@@ -26,6 +26,8 @@ from .job import Job
 from .logged_model import describe
 from .tracking import Tracker
 
+TEST_CASES = "test_cases.json"
+"""The test cases' metrics, whose being there says that a stage is tested."""
 TABLE = "cases.json"
 """The test cases' metrics as a table of MLflow."""
 
@@ -64,21 +66,42 @@ def evaluate_on_test(
     network, card = saved.load()
     network = network.to(device)
     cases = job.store.split(job.options.split, "test")
-    file, picture = folder / "test_cases.json", folder / "predictions.png"
-    before = by_main(job.accelerator, lambda: metrics_before(file))
-    metrics = before or evaluate_cases(job.accelerator, network, job.store, cases, spec)
-    summary = summaries(metrics)
+    metrics = by_main(job.accelerator, lambda: metrics_before(folder / TEST_CASES))
+    fresh = metrics is None
+    if fresh:
+        metrics = evaluate_cases(job.accelerator, network, job.store, cases, spec)
+    picture = folder / "predictions.png"
+    if job.accelerator.is_main_process and (fresh or not picture.exists()):
+        folder.mkdir(parents=True, exist_ok=True)
+        networks = {"teacher": teacher.load()[0].to(device)} if teacher else {}
+        draw_predictions(job.store, cases, spec, networks | {role: network}, picture)
+    log_test(job, role, metrics, card, tracker)
+
+
+def evaluate_foreign_on_test(job: Job, card: ModelCard, tracker: Tracker) -> None:
+    """Metrics of a foreign teacher's predictions of the test cases, into the teacher's folder and run."""
+    name, cases = job.options.teacher_predictions, job.store.split(job.options.split, "test")
+    before = by_main(job.accelerator, lambda: metrics_before(job.folder / "teacher" / TEST_CASES))
+    metrics = before or evaluate_predictions(job.accelerator, job.store, name, cases, job.spec)
+    log_test(job, "teacher", metrics, card, tracker)
+
+
+def log_test(
+    job: Job, role: str, metrics: Mapping[str, Mapping[str, float]], card: ModelCard, tracker: Tracker
+) -> None:
+    """Write the metrics of the test cases into a stage's folder, and log them and its picture."""
+    summary, folder = summaries(metrics), job.folder / role
     job.say(f"{role}: test {format_summaries(summary)}")
     tracker.metrics({f"test/{key}": s["mean"] for key, s in summary.items()}, step=0)
     log_results(job, role, tracker, results_of(summary, card))
     tracker.tags({"mlflow.note.content": f"Test {format_summaries(summary)}.\n\n{describe(card)}"})
     if job.accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        if not before or not picture.exists():
-            networks = {"teacher": teacher.load()[0].to(device)} if teacher else {}
-            draw_predictions(job.store, cases, spec, networks | {role: network}, picture)
-            write_cases(file, metrics, task=spec.task, split="test", threshold=spec.threshold)
-        tracker.artifact(picture)
+        file, picture = folder / TEST_CASES, folder / "predictions.png"
+        if metrics_before(file) != metrics:
+            write_cases(file, metrics, task=job.spec.task, split="test", threshold=job.spec.threshold)
+        if picture.exists():
+            tracker.artifact(picture)
         tracker.artifact(file)
         write_text(folder / TABLE, json.dumps(as_table(metrics)))
         log_table(tracker, folder)

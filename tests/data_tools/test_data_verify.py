@@ -1,6 +1,7 @@
 import json
 import shutil
 
+import nibabel
 import numpy as np
 import pytest
 from nifti_cases import all_files, rewrite_json, save, save_kits
@@ -202,3 +203,48 @@ def test_a_kill_while_a_split_is_written_leaves_none(store):
     assert json.loads((store / "splits/other/copy/zarr.json").read_text()) == json.loads(
         (store / "splits/other/zarr.json").read_text()
     )
+
+
+def test_damaged_predictions_are_named(verify, store, kits, tmp_path):
+    for number, case in enumerate(NAMES):
+        truth = kits / case / "segmentation.nii.gz"
+        if number < 2:
+            (tmp_path / "maps").mkdir(exist_ok=True)
+            shutil.copy(truth, tmp_path / "maps" / f"{case}.nii.gz")
+        label = np.asarray(nibabel.load(truth).dataobj).transpose(2, 1, 0)
+        (tmp_path / "soft").mkdir(exist_ok=True)
+        np.savez(tmp_path / "soft" / f"{case}.npz", probabilities=np.stack([label == k for k in range(3)]))
+    for name in ("maps", "soft"):
+        assert main(["predictions", str(store), str(tmp_path / name), "--name", name]) == 0
+    before = all_files(store)
+    code, out, err = verify(source=True)
+    assert (code, err) == (0, [])
+    assert out[-2:] == ["predictions 'maps': 2 sound", "predictions 'soft': 3 sound"]
+    kept = store / "predictions"
+    flip(kept / "soft/case_00000/probabilities/c/0/0/0/0", 60)
+    shutil.rmtree(kept / "soft/case_00001/probabilities/c")
+    rewrite_json(kept / "soft/case_00002/zarr.json", attributes={"format": "other"})
+    shutil.copytree(kept / "maps/case_00001", kept / "maps/case_00002")
+    shutil.copytree(kept / "maps/case_00001", kept / "maps/somebody")
+    damaged = all_files(store)
+    code, out, err = verify("--repair", source=True)
+    assert code == 1
+    assert out[-3:] == ["3 cases: 3 sound", "predictions 'maps': 2 sound, 2 damaged", "predictions 'soft': 3 damaged"]
+    expected = {
+        "maps/case_00002": "was made for another image",
+        "maps/somebody": "is of a case that the store lacks",
+        "soft/case_00000": "probabilities slice ",
+        "soft/case_00001": "probabilities slice 0–5 can't be read",
+        "soft/case_00002": "not what was written",
+    }
+    for line, (place, problem) in zip(err, expected.items(), strict=True):
+        assert line.startswith(f"error: {kept / place}")
+        assert problem in line
+        assert line.endswith("move it away, and run spark-data predictions again")
+    assert all_files(store) == damaged
+    for place in expected:
+        shutil.move(kept / place, tmp_path / place.replace("/", "-"))
+    for name in ("maps", "soft"):
+        assert main(["predictions", str(store), str(tmp_path / name), "--name", name]) == 0
+    assert all_files(store) == before
+    assert verify()[0] == 0

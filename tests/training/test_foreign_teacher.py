@@ -1,5 +1,6 @@
 """A student of predictions that another program made."""
 
+import json
 import os
 import shutil
 
@@ -7,18 +8,21 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import keep_signals, model_card, undecided
 from nifti_cases import save
 
 from data_tools.cli import main as spark_data
 from data_tools.creation import aside
 from data_tools.predictions import prediction_of
+from data_tools.preparation import Preparation
 from data_tools.store import open_store
 from spark_dist.cli import main
 from spark_dist.data.augmentation import Views
 from spark_dist.data.predictions import StoredPredictions
 from spark_dist.data.slices import VoxelReader, slice_table
 from spark_dist.data.views import Crop, SliceSpec
+from spark_dist.evaluation.cases import evaluate_predictions
 from spark_dist.evaluation.inference import probabilities
 from spark_dist.networks import build_network
 from spark_dist.networks.checkpoint import save_network
@@ -74,11 +78,17 @@ def student_of(jobs, folder, name, *options):
 
 @pytest.mark.slow
 def test_labels_that_another_program_wrote_teach_as_the_checkpoint_does(jobs, prepared, tmp_path):
-    """The teacher's prediction goes through spark-data export, another orientation and other values, and comes back."""
+    """The teacher's prediction goes through spark-data export, another orientation and other values, and comes back, as
+    its probabilities go through spark-dist predict and nnU-Net's format."""
     torch.manual_seed(1)
     teacher, spec = undecided(build_network("unet", width=0.05)), SliceSpec("organ", Crop((32, 48)))
-    card = model_card(network="unet", width=0.05, spec=spec, trained_on=())
+    known = {"preparation": Preparation.of_store(prepared.attributes), "label_values": (7,), "trained_on": ()}
+    card = model_card(network="unet", width=0.05, spec=spec, **known)
     save_network(tmp_path / "teacher.safetensors", teacher, card)
+    (tmp_path / "scans").mkdir()
+    for case in CASES:
+        shutil.copy(tmp_path / "nifti" / case / "imaging.nii.gz", tmp_path / "scans" / f"{case}.nii.gz")
+    assert main(["predict", "teacher.safetensors", "scans", "--out", "predicted", "--probabilities"]) == 0
     for number, name in enumerate(prepared.splits["default"]["train"] + prepared.splits["default"]["unlabelled"]):
         case = prepared.cases[name]
         image = VoxelReader(prepared).case(name, "image")
@@ -88,16 +98,24 @@ def test_labels_that_another_program_wrote_teach_as_the_checkpoint_does(jobs, pr
         run("export", "store.zarr", name, "exported.nii.gz", "--prediction", "prediction.npy")
         exported = nibabel.load("exported.nii.gz")
         written = np.asarray(exported.dataobj).astype(np.int16)
+        assert np.array_equal(written, nibabel.load(tmp_path / "predicted" / f"{name}.nii.gz").dataobj)
+        organ = nibabel.load(tmp_path / "predicted" / "probabilities" / "organ" / f"{name}.nii.gz").get_fdata()
+        softmax_file(tmp_path / "npz" / f"{name}.npz", 1 - organ, organ)
         save(tmp_path / "foreign" / f"{name}.nii.gz", written, exported.affine, axes=["RAS", "SPL", "AIR"][number])
         (tmp_path / "exported.nii.gz").unlink()
     run("predictions", "store.zarr", "foreign", "--name", "other", "--labels", "organ=7")
+    run("predictions", "store.zarr", "npz", "--name", "probable", "--labels", "organ=1")
     checkpoint = ("--teacher-checkpoint", "teacher.safetensors", "--hard-labels", "--cache", "off")
     own = student_of(jobs, tmp_path, "own", *checkpoint)
     foreign = student_of(jobs, tmp_path, "foreign-job", "--teacher-predictions", "other")
+    assert not (tmp_path / "foreign-job" / "teacher").exists()
     soft = student_of(jobs, tmp_path, "soft", *checkpoint[:2], "--cache", "off")
     for key, x in own.items():
         torch.testing.assert_close(foreign[key], x, rtol=1e-5, atol=1e-6)
     assert any(not torch.allclose(soft[key], x, rtol=1e-3, atol=1e-4) for key, x in own.items() if x.ndim > 1)
+    probable = student_of(jobs, tmp_path, "probable", "--teacher-predictions", "probable")
+    for key, x in soft.items():  # kept in float16
+        torch.testing.assert_close(probable[key], x, rtol=1e-3, atol=1e-4)
     fading = ("--distill-schedule", "linear")
     own = student_of(jobs, tmp_path, "own-fading", *checkpoint, *fading)
     faded = student_of(jobs, tmp_path, "faded", "--teacher-predictions", "other", *fading)
@@ -116,6 +134,42 @@ def test_labels_that_another_program_wrote_teach_as_the_checkpoint_does(jobs, pr
     )
     assert codes == [2]
     assert f"case {name} of the predicted cases was prepared anew" in log
+
+
+def test_a_foreign_teacher_that_predicts_the_test_cases_is_in_the_comparison(jobs, prepared, tmp_path):
+    (case,) = prepared.splits["default"]["test"]
+    expected = {}
+    for name in CASES:
+        truth = nibabel.load(tmp_path / "nifti" / name / "segmentation.nii.gz")
+        label = np.asarray(truth.dataobj).copy()
+        whole, label[..., :3] = label > 0, 0
+        expected[name] = 2 * (label > 0).sum() / (whole.sum() + (label > 0).sum())
+        save(tmp_path / "maps" / f"{name}.nii.gz", label, truth.affine)
+        softmax_file(tmp_path / "npz" / f"{name}.npz", *(0.8 * (label == k) + 0.2 / 3 for k in range(3)))
+    run("predictions", "store.zarr", "maps", "--name", "maps")
+    run("predictions", "store.zarr", "npz", "--name", "npz")
+    accelerator, spec = Accelerator(cpu=True), SliceSpec("organ", Crop((32, 48)))
+    for name in ("maps", "npz"):
+        found = evaluate_predictions(accelerator, prepared, name, CASES, spec)
+        assert {key: metrics["dice"] for key, metrics in found.items()} == pytest.approx(expected)
+    common = ("--dataset", "store.zarr", "--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db", "--augment", "none")
+    common += ("--task", "organ", "--crop", "[32,48]", "--crop-shift", "[0,0]", "--batch-size", 6, "--steps", 1)
+    taught = ("--teacher-predictions", "maps", "--method", "soft", "--student-width", 0.25, "--out", "taught")
+    for command, options in (("train", ("--network", "enet", "--width", 0.25, "--out", "alone")), ("distill", taught)):
+        codes, log = jobs(command, *common, *options, folder=tmp_path)
+        assert codes == [0], log
+    assert f"teacher: test Dice {expected[case]:.4f}" in log
+    server, table = common[2:4], ("--json", "rows.json", "--markdown", "rows.md", "--figure", "rows.svg")
+    for folder in ("alone/network", "taught"):  # what a busy machine did not send in time
+        assert main(["track-sync", folder, *server]) == 0
+    assert main(["compare", *server, *table]) == 0
+    teacher, alone, student = json.loads((tmp_path / "rows.json").read_text())
+    assert (teacher["role"], teacher["network"], teacher["parameters"]) == ("teacher", "maps", 0)
+    assert teacher["mean"] == pytest.approx(expected[case])
+    closed = (student["mean"] - alone["mean"]) / (teacher["mean"] - alone["mean"])
+    assert student["gap_closed"] == pytest.approx(closed)
+    assert "| teacher | maps | 3407 |  |" in (tmp_path / "rows.md").read_text()
+    assert "<!-- teacher, maps -->" in (tmp_path / "rows.svg").read_text()
 
 
 def softmax_file(path, *classes):

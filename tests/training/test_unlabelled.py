@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 
 from data_tools.cli import main as spark_data
 from data_tools.errors import UserError
-from data_tools.store import open_store, write_case
+from data_tools.store import open_store, write_case, write_split
 from spark_dist.cli import main
 from spark_dist.config import DistillOptions
-from spark_dist.data.batches import Batch
+from spark_dist.data.batches import Batch, SliceDataset
 from spark_dist.data.order import EpochSampler, Order
 from spark_dist.data.slices import SliceTable
 from spark_dist.data.views import Crop, SliceSpec
@@ -31,6 +31,7 @@ from spark_dist.teacher.targets import TeacherTargets
 from spark_dist.training.checkpoint import load_state, newest_state
 from spark_dist.training.checks import check_shares
 from spark_dist.training.distillation import Distillation
+from spark_dist.training.job import training_table, transfer_table
 
 JOB = ["--task", "organ", "--crop", "32", "--crop-shift", "[0,0]", "--batch-size", "8", "--slices", "all"]
 JOB += ["--augment", "full", "--views", "2", "--student-width", "0.25", "--teacher-width", "0.05", "--lr", "1e-4"]
@@ -151,17 +152,41 @@ def test_two_processes_train_as_one_does(method, distil):
     assert_close(two, one, rtol=1e-5, atol=1e-6)
 
 
+def with_poison(store, hidden, path):
+    """A copy of a store, in which the labels of some cases are what no label is."""
+    shutil.copytree(store, path)
+    for name in hidden:
+        label = zarr.open_group(path / "cases" / name)["label"]
+        label[:] = np.full(label.shape, 255, np.uint8)
+    return path
+
+
+@pytest.mark.parametrize("augment", ["none", "flips", "full"])
+def test_nothing_of_a_hidden_label_is_in_a_batch(tiny_store, tmp_path, augment):
+    """Of the student's, cached or live; the teacher's own training does not see the case at all."""
+    found = []
+    for path in (tiny_store, with_poison(tiny_store, ["case_00003", "case_00004"], tmp_path / "poisoned.zarr")):
+        store = open_store(path)
+        train = store.splits["default"] | {"train": ["case_00000", "case_00001", "case_00002"]}
+        store.splits["hidden"] = train | {"unlabelled": ["case_00003", "case_00004"]}
+        chosen = {"dataset": path, "task": "organ", "split": "hidden", "crop": (32, 32), "augment": augment}
+        options = DistillOptions(**chosen, slices="all", unlabelled_share=0.5)
+        table = training_table(store, options)
+        assert set(table.cases) == set(train["train"])
+        dataset = SliceDataset(transfer_table(table, options), options.slice_spec, views=options.slice_views)
+        raw = dataset.__getitems__(np.arange(len(dataset.table)) * options.slice_views.count)
+        found.append((raw.image, raw.label, raw.window))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.slow
 def test_no_hidden_label_reaches_training(live, distil, tiny_store, tmp_path):
     """Labels of the hidden cases are overwritten with what would be noticed, and nothing changes."""
     method, student = live
-    poisoned = tmp_path / tiny_store.name
-    shutil.copytree(tiny_store, poisoned)
-    hidden = open_store(poisoned).splits["few"]["unlabelled"]
+    hidden = open_store(tiny_store).splits["few"]["unlabelled"]
     assert len(hidden) == 2
-    for name in hidden:
-        label = zarr.open_group(poisoned / "cases" / name)["label"]
-        label[:] = np.full(label.shape, 255, np.uint8)
+    poisoned = with_poison(tiny_store, hidden, tmp_path / tiny_store.name)
     other = distil(f"poisoned-{method}", method, *SIX_STEPS, "--cache", "off", store=poisoned)
     assert_close(other, student, rtol=0, atol=0)
 
@@ -205,15 +230,20 @@ def test_a_share_that_leaves_out_one_kind_is_an_error(tiny_store, share, batch_s
     assert message in str(error.value)
 
 
+def without_label(store, name, path):
+    """A copy of a store, in which a case has no label."""
+    shutil.copytree(store, path)
+    case = open_store(path).cases[name]
+    attributes = {"affine": case.affine.tolist(), "spacing": case.spacing, "window": case.window, "source": {}}
+    image = zarr.open_group(path / "cases" / name, mode="r")["image"][:]
+    write_case(path, name, image, None, attributes)
+    return path
+
+
 @pytest.mark.parametrize("part", ["val", "test"])
 def test_a_case_without_label_is_in_no_part_but_unlabelled(tiny_store, tmp_path, capsys, part):
-    bare = tmp_path / "bare.zarr"
-    shutil.copytree(tiny_store, bare)
-    name = open_store(bare).splits["default"][part][0]
-    case = open_store(bare).cases[name]
-    attributes = {"affine": case.affine.tolist(), "spacing": case.spacing, "window": case.window, "source": {}}
-    image = zarr.open_group(bare / "cases" / name, mode="r")["image"][:]
-    write_case(bare, name, image, None, attributes)
+    name = open_store(tiny_store).splits["default"][part][0]
+    bare = without_label(tiny_store, name, tmp_path / "bare.zarr")
     options = [*JOB, "--dataset", str(bare), "--out", str(tmp_path / "job")]
     assert main(["distill", *options]) == 2
     error = capsys.readouterr().err
@@ -235,7 +265,31 @@ def test_a_split_without_unlabelled_cases_is_an_error(tiny_store, tmp_path, caps
     assert "has no unlabelled case" in capsys.readouterr().err
 
 
-def test_the_two_networks_at_once_need_ground_truth(tiny_store, tmp_path, capsys):
-    options = [*JOB, "--dataset", str(tiny_store), "--out", str(tmp_path / "job"), "--unlabelled-share", "0.5"]
-    assert main(["distill", *options, "--together", "live"]) == 2
-    assert "leave out --together live" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        (main, ("evaluate", "best.safetensors", "--part", "unlabelled"), "--part can't be unlabelled"),
+        (
+            main,
+            ("distill", "--task", "organ", "--unlabelled-share", "0.5", "--together", "live"),
+            "leave out --together",
+        ),
+        (main, ("explain", "best.safetensors", "--slices", "case_00000:0"), "no case of this part 'case_00000'"),
+        (main, ("explain", "best.safetensors", "--part", "train", "--slices", "case_00000:0"), "'case_00000'"),
+        (spark_data, ("export", "bare.zarr", "case_00000", "out.nii", "--label"), "case case_00000 has no label"),
+    ],
+)
+def test_what_needs_ground_truth_names_what_has_none(
+    tiny_store, tmp_path, monkeypatch, capsys, command, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    store = open_store(without_label(tiny_store, "case_00000", tmp_path / "bare.zarr"))
+    record = store.splits["default"]
+    write_split(store.path, "bare", record | {"train": record["train"][1:], "unlabelled": ["case_00000"]})
+    save_network(tmp_path / "best.safetensors", build_network("enet", width=0.25), model_card())
+    data = ("--dataset", "bare.zarr", "--split", "bare") if command is main else ()
+    assert command([*arguments, *data]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bare.zarr", "best.safetensors"]
