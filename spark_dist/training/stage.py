@@ -208,7 +208,8 @@ def stage_tracker(
             tracker.artifact(job.folder / "config.yaml")
         if hasattr(network, "set_support") and (job.folder / "support.txt").exists():
             tracker.artifact(job.folder / "support.txt")
-        cost = {"parameters": tags["parameters"]}
+        # Nobody knows those of a foreign teacher.
+        cost = {"parameters": tags["parameters"]} if tags["parameters"] else {}
         # Not on torch's meta device, or of several networks.
         with suppress(RuntimeError, NotImplementedError, UserError):
             model = Model(card.network, card.width, card.in_channels, card.classes)

@@ -76,6 +76,7 @@ def evaluate_on_test(
         networks = {"teacher": teacher.load()[0].to(device)} if teacher else {}
         draw_predictions(job.store, cases, spec, networks | {role: network}, picture)
     log_test(job, role, metrics, card, tracker)
+    tracker.tags({"mlflow.note.content": f"Test {format_summaries(summaries(metrics))}.\n\n{describe(card)}"})
 
 
 def evaluate_foreign_on_test(job: Job, card: ModelCard, tracker: Tracker) -> None:
@@ -94,7 +95,6 @@ def log_test(
     job.say(f"{role}: test {format_summaries(summary)}")
     tracker.metrics({f"test/{key}": s["mean"] for key, s in summary.items()}, step=0)
     log_results(job, role, tracker, results_of(summary, card))
-    tracker.tags({"mlflow.note.content": f"Test {format_summaries(summary)}.\n\n{describe(card)}"})
     if job.accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         file, picture = folder / TEST_CASES, folder / "predictions.png"
