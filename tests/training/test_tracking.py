@@ -618,8 +618,9 @@ def test_the_server_script_says_what_it_would_start(tmp_path):
     assert f"--backend-store-uri sqlite:///{tmp_path}/server/mlflow.db" in line
     assert f"--artifacts-destination {tmp_path}/server/artifacts" in line
     assert "--allowed-hosts" not in line
-    line = printed(DATABASE="postgresql+psycopg2://me@db/mlflow", ARTIFACTS="s3://bucket/mlflow", NAME="mlflow.example.org")
-    assert "--backend-store-uri postgresql+psycopg2://me@db/mlflow --artifacts-destination s3://bucket/mlflow" in line
+    database = "postgresql+psycopg2://me@db/mlflow"
+    line = printed(DATABASE=database, ARTIFACTS="s3://bucket/mlflow", NAME="mlflow.example.org")
+    assert f"--backend-store-uri {database} --artifacts-destination s3://bucket/mlflow" in line
     assert "--allowed-hosts mlflow.example.org" in line
     assert "--cors-allowed-origins https://mlflow.example.org" in line
     assert not list(tmp_path.iterdir())
