@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # An MLflow server that many jobs log to: launch/mlflow_server.sh [--dry-run] [FOLDER]
 # Database (SQLite) and artifacts lie in FOLDER (mlflow). Jobs log to it with --tracking-uri http://127.0.0.1:5000. Settings:
-#   DATABASE   for more than a few jobs at a time: postgresql://USER@HOST/mlflow, which is there and empty at first
-#              (pip install psycopg2-binary; the password belongs into ~/.pgpass)
+#   DATABASE   for more than a few jobs at a time: postgresql+psycopg2://USER@HOST/mlflow, which is there and
+#              empty at first (pip install psycopg2-binary; the password belongs into ~/.pgpass)
 #   ARTIFACTS  another place for pictures and checkpoints: a folder, or s3://BUCKET/FOLDER
 #   HOST PORT  where it listens: 127.0.0.1 5000
 #   WORKERS    its processes: 2

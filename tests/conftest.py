@@ -1,10 +1,15 @@
+import fcntl
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -179,3 +184,41 @@ def jobs():
     yield run
     server.stdin.close()
     server.wait(120)
+
+
+@contextmanager
+def installing() -> Iterator[None]:
+    """Installing Debian's packages: one process of the tests at a time, since apt waits for nobody."""
+    with open(Path(tempfile.gettempdir()) / "spark-dist-tests.apt.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def mlflow_server(folder: Path, port: int, **settings: str) -> Iterator[subprocess.Popen]:
+    """An MLflow server with everything in a folder, as launch/mlflow_server.sh starts it, once it answers."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PORT": str(port), "WORKERS": "1", "PATH": path} | settings
+    log = folder.with_name(f"{folder.name}.log")
+    with open(log, "a") as output:
+        line = ["bash", ROOT / "launch" / "mlflow_server.sh", folder]
+        server = subprocess.Popen(line, env=environment, stdout=output, stderr=output, start_new_session=True)
+    try:
+        for _ in range(600):
+            assert server.poll() is None, log.read_text()
+            with suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+                break
+            time.sleep(0.2)
+        else:
+            raise AssertionError(f"the server does not answer: {log.read_text()}")
+        yield server
+    finally:
+        kill(server)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """Kill a process that has a session of its own, with all of it."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, installing
 
 from data_tools.store import open_store, write_splits
 from spark_dist.training.checkpoint import load_state, newest_state
@@ -151,7 +151,8 @@ def slurm(shared):
     if os.geteuid() or not box.exists():
         pytest.skip("starting a SLURM takes root and slurm_box.sh")
     cluster = Cluster(box)
-    cluster("up")
+    with installing():
+        cluster("up")
     yield cluster
     cluster("down")
     shutil.rmtree(cluster.folder, ignore_errors=True)

@@ -18,7 +18,8 @@ class Segmentation(PythonModel):
     def load_context(self, context):
         self.student = load_student(context.artifacts["checkpoint"])
 
-    def predict(self, context, model_input, params=None):
+    # Without the type of its input, MLflow warns whoever trains.
+    def predict(self, context, model_input: np.ndarray, params=None):
         return self.student.predict_slices(np.asarray(model_input))
 
 

@@ -10,8 +10,9 @@ from spark_dist.evaluation.comparison import Choices
 from .folder import MAY_DIFFER, plain
 
 NOT_COMPARED = {*MAY_DIFFER, "dataset", "task", "split", "seed", "network", "width", "method", "weights", "teacher"}
-NOT_COMPARED |= {"experiment", "sweep", "channels_last", "compile"}
-"""Options that runs are known by in other ways, that name them, or that results depend on by rounding alone."""
+NOT_COMPARED |= {"teacher_checkpoint", "experiment", "sweep", "channels_last", "compile"}
+"""Options that runs are known by in other ways, that name them or their files, or that results depend on by rounding
+alone."""
 
 
 def options_of(params: Mapping[str, str], distilled: bool) -> tuple[Choices, Choices]:

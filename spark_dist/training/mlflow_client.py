@@ -3,16 +3,11 @@
 import fcntl
 import logging
 import os
-import re
-import shlex
 import sqlite3
-import sys
 import tempfile
-import warnings
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 from data_tools.errors import UserError
 from data_tools.files import write_atomically
@@ -39,24 +34,6 @@ def absolute_uri(uri: str) -> str:
     return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).absolute()}" if uri.startswith(SQLITE) else uri
 
 
-def how_to_look(uri: str, state: dict[str, Any]) -> str:
-    """Page with the runs beside a journal's (see `read_state`), and what starts MLflow's pages of a
-    local database; "" as long as the server has none of it."""
-    if state["experiment_id"] is None:
-        return ""
-    uri = re.sub(r"//[^/@]*@", "//", uri)  # a password
-    server = uri.startswith("http")
-    base = uri.rstrip("/") if server else "http://127.0.0.1:5000"
-    # Without the type MLflow opens its page for language models.
-    address = f"{base}/#/experiments/{state['experiment_id']}/runs?workflowType=machine_learning"
-    if server:
-        return f"The runs in a browser: {address}"
-    program = Path(sys.executable).with_name("mlflow")
-    program = program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program
-    command = shlex.join([str(program), "ui", "--host", "127.0.0.1", "--backend-store-uri", uri])
-    return f"The runs in a browser: MLFLOW_DISABLE_TELEMETRY=true {command}\n{'and open':>22} {address}"
-
-
 def prepare_mlflow() -> None:
     """Settings that MLflow reads when it is imported, unless the user has others, and what it logs."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -68,8 +45,8 @@ def prepare_mlflow() -> None:
     # What fails is raised as well, and reported once.
     for name in ("alembic", "mlflow.store.db.utils", "mlflow.system_metrics", "urllib3.connectionpool"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*Add type hints to the `predict` method")
+    for name in ("mlflow.pyfunc", "mlflow.store.model_registry"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def make_client(uri: str):

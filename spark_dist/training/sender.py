@@ -12,6 +12,7 @@ from data_tools.files import write_text
 
 from .journal import Event, description, read_journal, read_state
 from .mlflow_client import brief, create_run, deliver, known_run, make_client, refused
+from .runs_page import show_results
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class Sender:
             client = make_client(self.uri)
             if not self._find_run(client):
                 return False
+            show_results(client, self.state["experiment_id"])
             self.client = client
         for batch in batches(read_journal(self.folder, self.state["sent"])):
             self._deliver([event for _, event in batch])

@@ -41,16 +41,20 @@ from .job import Job, RunFacts, dataset_facts, is_done, tracked
 from .journal import read_journal
 from .loop import StageRun, Teaching, fit
 from .tracking import Tracker
-from .validation import evaluate_on_test, panel, validation
+from .validation import evaluate_on_test, log_results, panel, validation
 
 OF_A_STAGE = (
     *("teacher", "student", "method", "weights", "distill_", "allow_", "cache", "rounds", "together", "unlabelled"),
-    *("epochs", "steps", "network", "width", "pretrained"),
+    *("hard_", "epochs", "steps", "network", "width", "pretrained"),
 )
 """Beginnings of the options that hold of one network of a job, and are told of that alone."""
-OF_A_STUDENT = ("teacher", "teacher_width", "teacher_epochs", "teacher_steps", "teacher_tta", "rounds", "together")
-OF_A_STUDENT += ("cache", "distill_schedule", "distill_warmup", "unlabelled_share")
-"""Those of its teacher and of distilling that are told of a student."""
+OF_A_STUDENT = (
+    *("teacher_tta", "hard_labels", "rounds", "together", "cache"),
+    *("distill_schedule", "distill_warmup", "unlabelled_share"),
+)
+"""Options that hold of a student with a teacher."""
+OF_ITS_TEACHER = ("teacher", "teacher_width", "teacher_epochs", "teacher_steps")
+"""Those that hold of a student whose teacher is trained in the same job."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,16 +205,18 @@ def stage_tracker(
     name = f"{run_title(role, card.method)} {card.network}"
     about = RunFacts(name, job.folder / role, tags, params)
     with tracked(job.accelerator, job.options, about, job.tracker) as tracker:
-        tracker.metrics({"parameters": tags["parameters"]}, step=0)
         tracker.dataset(dataset_facts(job.store, job.options))
         if role == "network":
             tracker.artifact(job.folder / "config.yaml")
         if hasattr(network, "set_support") and (job.folder / "support.txt").exists():
             tracker.artifact(job.folder / "support.txt")
+        # Nobody knows those of a foreign teacher.
+        cost = {"parameters": tags["parameters"]} if tags["parameters"] else {}
         # Not on torch's meta device, or of several networks.
         with suppress(RuntimeError, NotImplementedError, UserError):
             model = Model(card.network, card.width, card.in_channels, card.classes)
-            tracker.metrics({"gflops": gflops_of(model, card.spec.crop.size)}, step=0)
+            cost["gflops"] = gflops_of(model, card.spec.crop.size)
+        log_results(job, role, tracker, cost)
         yield tracker
 
 
@@ -227,7 +233,9 @@ def stage_params(options: TrainingOptions, card: ModelCard, role: str, epochs: i
         found |= {"epochs": epochs, "steps": steps_told(options, role)}
     if role == "student" and isinstance(options, DistillOptions):
         found |= {f"method.{key}": v for key, v in (distiller_settings(options.method) | options.weights).items()}
-        found |= {key: getattr(options, key) for key in OF_A_STUDENT}
+        given = [key for key in ("teacher_checkpoint", "teacher_predictions") if getattr(options, key)]
+        keys = (*OF_A_STUDENT, *(given or OF_ITS_TEACHER))
+        found |= {key: value for key, value in plain(options).items() if key in keys}
     return found
 
 

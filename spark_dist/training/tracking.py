@@ -24,8 +24,9 @@ import numpy as np
 from data_tools.errors import UserError
 
 from .journal import append, description, mend_journal, read_journal, read_state
-from .mlflow_client import absolute_uri, brief, how_to_look
+from .mlflow_client import absolute_uri, brief
 from .pictures import write_picture
+from .runs_page import how_to_look
 from .sender import Sender, sending
 from .system_metrics import SystemMetrics
 

@@ -23,6 +23,7 @@ from spark_dist.teacher.saved import SavedNetworks
 
 from .distributed import by_main
 from .job import Job
+from .logged_model import describe
 from .tracking import Tracker
 
 TEST_CASES = "test_cases.json"
@@ -75,6 +76,7 @@ def evaluate_on_test(
         networks = {"teacher": teacher.load()[0].to(device)} if teacher else {}
         draw_predictions(job.store, cases, spec, networks | {role: network}, picture)
     log_test(job, role, metrics, card, tracker)
+    tracker.tags({"mlflow.note.content": f"Test {format_summaries(summaries(metrics))}.\n\n{describe(card)}"})
 
 
 def evaluate_foreign_on_test(job: Job, card: ModelCard, tracker: Tracker) -> None:
@@ -92,11 +94,7 @@ def log_test(
     summary, folder = summaries(metrics), job.folder / role
     job.say(f"{role}: test {format_summaries(summary)}")
     tracker.metrics({f"test/{key}": s["mean"] for key, s in summary.items()}, step=0)
-    results = results_of(summary, card)
-    tracker.metrics(results, step=0)
-    # Under the same names too, so that it stands beside a student alone, which has no run above it.
-    above = {f"{role}/{key}": value for key, value in results.items()} | (results if role == "student" else {})
-    job.tracker.metrics(above, step=0)
+    log_results(job, role, tracker, results_of(summary, card))
     if job.accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         file, picture = folder / TEST_CASES, folder / "predictions.png"
@@ -108,6 +106,14 @@ def log_test(
         write_text(folder / TABLE, json.dumps(as_table(metrics)))
         log_table(tracker, folder)
     job.accelerator.wait_for_everyone()
+
+
+def log_results(job: Job, role: str, tracker: Tracker, values: Mapping[str, float]) -> None:
+    """Log numbers that a network is chosen by, in its own run and in the job's."""
+    tracker.metrics(values, step=0)
+    # Those of a student under the same names too, so that it stands beside one alone, which has no run above it.
+    named = {f"{role}/{key}": value for key, value in values.items()}
+    job.tracker.metrics(named | (dict(values) if role == "student" else {}), step=0)
 
 
 def log_table(tracker: Tracker, folder: Path) -> None:

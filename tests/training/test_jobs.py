@@ -12,6 +12,7 @@ from spark_dist.evaluation.comparison import compare
 from spark_dist.training.checkpoint import load_state, newest_state
 from spark_dist.training.finished_runs import load_runs
 from spark_dist.training.journal import read_journal
+from spark_dist.training.runs_page import COLUMNS
 
 SMALL = ("--task", "organ", "--crop", 32, "--crop-shift", "[0,0]", "--batch-size", 8, "--log-every", 2)
 SMALL += ("--slices", "labelled")
@@ -68,6 +69,11 @@ def test_two_processes_train_teacher_and_student_and_reuse_the_cache(distilled, 
     assert "to the student alone in " in second.stdout
     assert ", which has other options: epochs 1\n" in second.stdout
     (run,) = client.search_runs([experiment.experiment_id], "attributes.run_name = 'two'")
+    (taught,) = client.search_runs(
+        [experiment.experiment_id], f"tags.mlflow.parentRunId = '{run.info.run_id}' and params.method = 'spark'"
+    )
+    assert str(teacher) in taught.data.params["teacher_checkpoint"]
+    assert "teacher_width" not in taught.data.params  # that option's value, which nothing used
     cases = [
         json.loads((tmp_path / out / "test_cases.json").read_text())["cases"]
         for out in ("two/student", "alone/network")
@@ -99,7 +105,7 @@ def check_pages(client, parent, teacher, student):
         assert metrics["test_dice_low"] <= metrics["test_dice"] <= metrics["test_dice_high"]
         best = max(client.get_metric_history(run.info.run_id, "val/dice"), key=lambda found: found.value)
         assert metrics["best_val_dice"] == best.value
-        for key in ("test_dice", "test_dice_low", "test_misses", "best_val_dice", "best_epoch"):
+        for key in ("test_dice", "test_dice_low", "test_misses", "best_val_dice", "best_epoch", "parameters", "gflops"):
             assert parent.data.metrics[f"{role}/{key}"] == metrics[key]
         pictures = {file.path.split("+")[2] for file in client.list_artifacts(run.info.run_id, "images")}
         steps = [found.step for found in client.get_metric_history(run.info.run_id, "val/dice")]
@@ -111,10 +117,13 @@ def check_pages(client, parent, teacher, student):
         assert [row[0] for row in table["data"]] == ["case_00008", "case_00009", "case_00010"]
         assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": "cases.json", "type": "table"}]
         assert {"mlflow.user", "torch", "device", "mixed_precision"} < run.data.tags.keys()
+        assert f"| network | {run.data.tags['network']} |" in run.data.tags["mlflow.note.content"]
+    assert set(COLUMNS) - {"student/difference_to_alone"} <= parent.data.metrics.keys()
     assert student.data.params["network"] == "enet"
     assert "method.gain" in student.data.params
     assert (teacher.data.params["network"], teacher.data.params["method"]) == ("unet", "none")
-    assert not [key for key in teacher.data.params if key.startswith(("student", "method.", "teacher"))]
+    assert {"teacher", "teacher_width", "hard_labels"} < student.data.params.keys()
+    assert not [key for key in teacher.data.params if key.startswith(("student", "method.", "teacher", "hard_"))]
 
 
 @pytest.mark.launch

@@ -1,28 +1,28 @@
+import http.client
 import json
 import math
 import os
 import shutil
-import signal
 import socket
 import sqlite3
 import subprocess
 import sys
 import time
 import types
-import urllib.request
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, kill, mlflow_server
 
 from data_tools.errors import UserError
 from spark_dist.training.finished_runs import load_runs
 from spark_dist.training.journal import read_journal
 from spark_dist.training.mlflow_client import absolute_uri, make_client
-from spark_dist.training.sender import BATCH, batches
+from spark_dist.training.runs_page import VIEW_TAG
+from spark_dist.training.sender import BATCH, Sender, batches
 from spark_dist.training.system_metrics import SystemMetrics
 from spark_dist.training.tracking import Tracker, failure_of, null_tracker, open_run, page_of, sync
 
@@ -533,7 +533,13 @@ def test_the_page_is_that_of_the_runs(sent, tmp_path, monkeypatch):
     store = f"sqlite:///{tmp_path}/mlflow.db"
     (run,) = (run for run in runs(store) if run.info.run_name == "job")
     assert run.info.experiment_id != "0"
-    address = f"/#/experiments/{run.info.experiment_id}/runs?workflowType=machine_learning"
+    address = f"/#/experiments/{run.info.experiment_id}/runs?workflowType=machine_learning&viewStateShareKey=results"
+    client = make_client(store)
+    saved = json.loads(client.get_experiment(run.info.experiment_id).tags[VIEW_TAG])
+    assert "metrics.`test_dice`" in json.loads(saved["state"])["selectedColumns"]
+    client.set_experiment_tag(run.info.experiment_id, VIEW_TAG, "changed by somebody")
+    Sender(sent, store).send()
+    assert client.get_experiment(run.info.experiment_id).tags[VIEW_TAG] == "changed by somebody"
     monkeypatch.chdir(tmp_path)
     page = page_of(tmp_path, "sqlite:///mlflow.db")
     program = Path(sys.executable).with_name("mlflow")
@@ -612,8 +618,9 @@ def test_the_server_script_says_what_it_would_start(tmp_path):
     assert f"--backend-store-uri sqlite:///{tmp_path}/server/mlflow.db" in line
     assert f"--artifacts-destination {tmp_path}/server/artifacts" in line
     assert "--allowed-hosts" not in line
-    line = printed(DATABASE="postgresql://me@db/mlflow", ARTIFACTS="s3://bucket/mlflow", NAME="mlflow.example.org")
-    assert "--backend-store-uri postgresql://me@db/mlflow --artifacts-destination s3://bucket/mlflow" in line
+    database = "postgresql+psycopg2://me@db/mlflow"
+    line = printed(DATABASE=database, ARTIFACTS="s3://bucket/mlflow", NAME="mlflow.example.org")
+    assert f"--backend-store-uri {database} --artifacts-destination s3://bucket/mlflow" in line
     assert "--allowed-hosts mlflow.example.org" in line
     assert "--cors-allowed-origins https://mlflow.example.org" in line
     assert not list(tmp_path.iterdir())
@@ -622,33 +629,8 @@ def test_the_server_script_says_what_it_would_start(tmp_path):
 @pytest.fixture
 def server(tmp_path, port):
     """A function that starts an MLflow server (always the same one) and returns its process when it answers."""
-    started = []
-
-    def start():
-        line = ["bash", ROOT / "launch" / "mlflow_server.sh", tmp_path / "server"]
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        environment = os.environ | {"PORT": str(port), "WORKERS": "1", "PATH": path}
-        with open(tmp_path / "server.log", "a") as output:
-            process = subprocess.Popen(line, env=environment, stdout=output, stderr=output, start_new_session=True)
-        started.append(process)
-        for _ in range(600):
-            assert process.poll() is None, (tmp_path / "server.log").read_text()
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
-                return process
-            except OSError:
-                time.sleep(0.2)
-        raise AssertionError("the server does not answer")
-
-    yield start
-    for process in started:
-        kill(process)
-
-
-def kill(process):
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(30)
+    with ExitStack() as stack:
+        yield lambda: stack.enter_context(mlflow_server(tmp_path / "server", port, NAME="mlflow.example.org"))
 
 
 @pytest.mark.slow
@@ -681,3 +663,9 @@ def test_a_server_that_dies_and_comes_back_has_everything_once(server, port, tmp
     assert [file.path for file in make_client(uri).list_artifacts(child.run_id)] == ["best.safetensors"]
     assert len(runs(uri)) == 2
     assert capfd.readouterr().out == ""
+    # Behind a proxy, which hands on the name that it was called by; no other is answered.
+    for host, code in (("mlflow.example.org", 200), (f"127.0.0.1:{port}", 200), ("elsewhere.example.org", 403)):
+        line = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        line.request("GET", "/api/2.0/mlflow/experiments/search?max_results=1", headers={"Host": host})
+        assert line.getresponse().status == code
+        line.close()
