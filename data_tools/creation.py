@@ -4,12 +4,9 @@ What a kill leaves aside is removed by the next who makes a store of that name.
 """
 
 import glob
-import hashlib
 import json
 import os
-import re
 import shutil
-import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,11 +19,7 @@ from .location import exists, is_local, located
 from .ownership import owned, remove_owned
 from .sealed import read_sealed, seal
 from .store import FORMAT, VERSION, root_attributes
-from .workers import machine, started
-
-FORGOTTEN = 3600
-"""Seconds after which the folder of another machine's process is taken for one that a kill left: it is made within a
-second."""
+from .workers import is_abandoned, signature
 
 
 def create_store(path: Path, attributes: Mapping[str, Any]) -> None:
@@ -98,7 +91,7 @@ def _write_root(path: Path, attributes: Mapping[str, Any]) -> None:
 
 def aside(path: Path) -> Path:
     """A new folder for this process to make, and then to rename to `path`."""
-    return path.with_name(f".{path.name}.{_maker(os.getpid())}-{uuid.uuid4().hex[:8]}.new")
+    return path.with_name(f".{path.name}.{signature(os.getpid())}-{uuid.uuid4().hex[:8]}.new")
 
 
 def remove_left(path: Path) -> None:
@@ -112,19 +105,4 @@ def remove_left(path: Path) -> None:
 
 def left_behind(path: Path) -> Iterator[Path]:
     """The folders made `aside` to become `path` that no living process is at any more."""
-    return (folder for folder in path.parent.glob(f".{glob.escape(path.name)}.*.new") if not _is_made(folder))
-
-
-def _maker(pid: int) -> str:
-    return f"{hashlib.sha256(machine().encode()).hexdigest()[:8]}-{pid}-{started(pid)}"
-
-
-def _is_made(folder: Path) -> bool:
-    """Whether a process may still be at it."""
-    found = re.search(r"\.((\w+)-(\d+)-\w+)-\w+\.new$", folder.name)
-    if found and _maker(0).startswith(found[2]):
-        return found[1] == _maker(int(found[3]))
-    try:
-        return time.time() - folder.stat().st_mtime < FORGOTTEN
-    except FileNotFoundError:
-        return True
+    return filter(is_abandoned, path.parent.glob(f".{glob.escape(path.name)}.*.new"))

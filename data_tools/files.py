@@ -1,10 +1,13 @@
 """Files that are written whole or not at all."""
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from glob import escape
 from pathlib import Path
 
 from .errors import UserError
+from .workers import is_abandoned, signature
 
 UMASK = os.umask(0)
 os.umask(UMASK)
@@ -15,7 +18,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
     Raises `UserError` if it can't be written, for instance on a full disk; what was there before is left as it was.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{signature(os.getpid())}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(aside)
@@ -33,3 +36,19 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """A small text file, whole or not at all."""
     write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether a file's name is one that `write_atomically` gives until all is written, or gave in earlier versions."""
+    return re.fullmatch(r"\..+\.([0-9a-f]{8}-\d+-[^-.]+|\d+)\.tmp", name) is not None
+
+
+def unfinished(folder: Path, name: str) -> Iterator[Path]:
+    """The unfinished files in a folder, whoever writes them, that would become one of a name (a glob pattern)."""
+    return (path for path in folder.glob(f".{name}.*.tmp") if is_unfinished(path.name))
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove what killed processes left of a file that they were writing, and nothing else."""
+    for left in filter(is_abandoned, unfinished(path.parent, escape(path.name))):
+        left.unlink(missing_ok=True)

@@ -90,6 +90,7 @@ def prediction_file(folder: Path, case: str) -> Path | None:
 def prepare_prediction(store: Store, case: Case, file: Path, foreign: Foreign, replace: bool) -> bool:
     """Write a case's prediction unless it is there already; whether it was written. Raises `UserError`."""
     folder = store.path / "predictions" / foreign.name / case.name
+    bring_back(folder)
     facts = {
         "format": FORMAT,
         "case": case.name,
@@ -119,6 +120,13 @@ def prepare_prediction(store: Store, case: Case, file: Path, foreign: Foreign, r
     return True
 
 
+def bring_back(folder: Path) -> None:
+    """Give a case's prediction its name, if a kill left it aside while another took its place."""
+    whole = [left for left in left_behind(folder) if is_sealed(left) and owned(left, "prediction")]
+    if whole and not folder.exists():
+        max(whole, key=lambda left: left.stat().st_mtime).rename(folder)
+
+
 def write_prediction_of(folder: Path, key: str, voxels: np.ndarray, facts: Mapping[str, Any]) -> None:
     """The folder of a case's prediction, whole or not at all."""
     for left in left_behind(folder):
@@ -138,6 +146,8 @@ def write_prediction_of(folder: Path, key: str, voxels: np.ndarray, facts: Mappi
             folder.rename(old)
         new.rename(folder)
     finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
         for made in (new, old):
             remove(made)
 

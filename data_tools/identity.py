@@ -7,12 +7,14 @@ empty file STORE/known/<case> says that the case was complete, so that its folde
 Stores that were made before have none of this, until `adopt` gives it to them.
 """
 
+import re
 import uuid
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from .errors import Conflict, UserError
+from .files import is_unfinished
 from .location import is_local, remove
 from .ownership import fingerprint, owned
 from .sealed import is_sealed, read_sealed, seal, write_group
@@ -105,7 +107,7 @@ def owns(path: Path, name: str) -> bool:
 def strangers(folder: Path, ours: Collection[str] = ()) -> Iterator[str]:
     """Names in a folder beside those that are `ours`, parts of files that a kill leaves, and systems' own files."""
     for path in folder.iterdir() if folder.is_dir() else ():
-        part = path.name.endswith(".partial") or (path.name.startswith(".") and path.name.endswith(".tmp"))
+        part = is_unfinished(path.name) or re.search(r"\.[0-9a-f]{32}\.partial$", path.name)  # Zarr's own
         if path.name not in ours and not part and not path.name.startswith((".DS_Store", ".nfs")):
             yield path.name
 

@@ -1,7 +1,9 @@
 """Processes: those that work for another one, and those that are alive."""
 
+import hashlib
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import threading
@@ -17,6 +19,9 @@ STARTED_BY = "SPARK_DIST_STARTED_BY"
 
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "SLURM_STEP_ID", STARTED_BY)
 """Environment variables that torchrun, accelerate, srun and crossval set in the processes that they start."""
+
+FORGOTTEN = 3600
+"""Seconds after which what another machine's process made aside, and has not touched since, was left by a kill."""
 
 
 def cores() -> int:
@@ -76,3 +81,21 @@ def started(pid: int) -> str | None:
     except OSError:
         return None
     return None if facts[0] in "ZX" else facts[19]
+
+
+def signature(pid: int) -> str:
+    """A process of this machine in the name of a file or folder that it makes aside: machine, number, start."""
+    return f"{hashlib.sha256(machine().encode()).hexdigest()[:8]}-{pid}-{started(pid)}"
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether the process whose `signature` is in a name is gone; False for a name without one, which is not ours."""
+    found = re.search(r"\.(([0-9a-f]{8})-(\d+)-[^-.]+)(-[0-9a-f]{8})?\.(new|tmp)$", path.name)
+    if not found:
+        return False
+    if signature(0).startswith(found[2]):
+        return found[1] != signature(int(found[3]))
+    try:
+        return time.time() - path.stat().st_mtime > FORGOTTEN
+    except FileNotFoundError:
+        return False

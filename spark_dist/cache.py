@@ -9,9 +9,9 @@ if __name__ == "__main__":
 
     module_main("spark_dist.cache")
 
-import shutil
 import time
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,20 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 
 from data_tools.errors import UserError
+from data_tools.files import unfinished
 from data_tools.location import first_line, open_array
 from data_tools.ownership import owned, remove_owned
 from data_tools.progress import console, progress_bar
 from data_tools.report import folder_size
 from data_tools.store import open_store
+from data_tools.workers import FORGOTTEN
 from spark_dist.data.batches import SliceDataset, to_device
+from spark_dist.data.cache import SEGMENT
 from spark_dist.data.loader import Prefetcher
 from spark_dist.data.number_formats import ROUNDING, as_tensor, decode, encode
 from spark_dist.data.shared_memory import pack
 from spark_dist.teacher.targets import TeacherTargets
+from spark_dist.teacher.trial import TRIAL
 from spark_dist.training.checks import check, check_network, check_teacher_task
 from spark_dist.training.distributed import make_accelerator, shut_down
 from spark_dist.training.frozen_teacher import frozen_teacher, matching_cache, saved_teacher
@@ -197,9 +201,10 @@ def prune(root: Path, days: float) -> None:
             else:
                 console.print(f"removed {folder} ({size})")
             continue
-        for aside in [*folder.glob(".description.json.*"), *folder.glob("segments/*.tmp")]:
-            if time.time() - aside.stat().st_mtime > 3600:
-                shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
+        left = [*unfinished(folder, "description.json"), *folder.glob(f"segments/{SEGMENT}.tmp")]
+        left += folder.glob(f"{TRIAL}.tmp")
+        old = [path for path in left if time.time() - path.lstat().st_mtime > FORGOTTEN]
+        remove_owned(folder, "cache", [escape(str(path.relative_to(folder))) for path in old])
 
 
 def caches(root: Path) -> dict[Path, dict[str, Any]]:

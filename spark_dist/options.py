@@ -58,12 +58,14 @@ class Options:
     """
 
     def __post_init__(self):
-        """Raises `UserError` naming the first option out of its bounds."""
+        """Raises `UserError` naming the first option out of its bounds, or an argument that is empty."""
         hints = get_type_hints(type(self), include_extras=True)
         for field in fields(self):
             for value in parts_of(getattr(self, field.name)):
                 if isinstance(value, str | Path) and "\0" in str(value):
                     raise UserError(f"{shown(field)} holds a zero byte")
+                if value == "" and "positional" in field.metadata:
+                    raise UserError(f"argument {field.name} is empty; is a variable not set?")
                 for bounds in bounds_in(hints[field.name]):
                     if isinstance(value, int | float) and (broken := bounds.broken_by(value)):
                         raise UserError(f"{shown(field)} must be {broken}, not {reprlib.repr(value)}")

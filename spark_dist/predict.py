@@ -8,13 +8,13 @@ if __name__ == "__main__":
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from glob import escape
 from pathlib import Path
 from typing import Literal
 
 from accelerate.utils import gather_object
 
 from data_tools.errors import UserError, one_line, say_error
+from data_tools.files import remove_abandoned
 from data_tools.layouts import stem
 from data_tools.options import parse_part, parse_spacing
 from data_tools.ownership import MADE_BY, fingerprint
@@ -167,8 +167,7 @@ def is_there(out: Path, mark: str, overwrite: bool) -> bool:
 
     Raises `UserError` for a file that is no prediction, and, without `overwrite`, for one of another scan or network.
     """
-    for left in out.parent.glob(f".{escape(out.name)}.*.tmp"):
-        left.unlink(missing_ok=True)
+    remove_abandoned(out)
     if not (out.exists() or out.is_symlink()) or (found := mark_of(out)) == mark:
         return out.exists()
     if not found.startswith(MADE_BY):

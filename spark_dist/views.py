@@ -50,7 +50,7 @@ OPTIONS = ViewsOptions
 
 def run(options: ViewsOptions) -> None:
     """Draw one slice as it is stored, and its views."""
-    check_output(options.picture)
+    check_output(options.picture, "--picture")
     store = open_store(options.dataset)
     task = store.task(options.task)
     table = slice_table(store, options.split, "train", options.task, options.slices)

@@ -48,8 +48,8 @@ GIVEN = {
     "track-sync": ({}, ("job",)),
 }
 """Options and arguments with which each command does something; one of them, or another one, then gets any value."""
-OUTPUTS = ("out", "csv", "json", "markdown", "latex", "figure", "picture", "log-to", "cache-folder")
-"""Options that name what a command may write."""
+OUTPUTS = ("out", "csv", "json", "markdown", "latex", "figure", "picture", "log-to", "cache-folder", "folder")
+"""Options and arguments that name what a command may write."""
 
 NUMBERS = st.one_of(
     st.integers(-3, 70), st.integers(), st.floats(), st.sampled_from([10**9, 2**31, 2**63, 10**40, -0.0, 1e308, 1e-320])

@@ -1,4 +1,4 @@
-"""Options: their bounds, their help, recipes, and how mistakes in them are told."""
+"""Options: their help, recipes, and what must be given (mistakes in them: `test_hostile.py`)."""
 
 import os
 import re
@@ -50,63 +50,6 @@ def help_of(command, capsys):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("command", "arguments", "message"),
-    [
-        ("train", "--crop 0", "--crop must be at least 1, not 0"),
-        ("train", "--crop -32", "--crop must be at least 1, not -32"),
-        ("train", "--crop [64,0]", "--crop must be at least 1, not 0"),
-        ("train", "--crop 1000000", "--crop must be at most 16,384, not 1000000"),
-        ("train", "--crop [3]", "--crop can't be [3]; it takes a whole number or [a whole number, a whole number]"),
-        ("train", "--crop-shift [0,100000]", "--crop-shift must be at most 16,384"),
-        ("train", "--width -1", "--width must be above 0, not -1.0"),
-        ("train", "--width 0", "--width must be above 0, not 0.0"),
-        ("train", "--seed -1", "--seed must be at least 0, not -1"),
-        ("train", f"--seed {2**32}", "--seed must be below 4,294,967,296"),
-        ("train", "--workers -1", "--workers must be at least 0, not -1"),
-        ("train", "--support-slices 0", "--support-slices must be at least 1, not 0"),
-        ("train", "--batch-size 0", "--batch-size must be at least 1, not 0"),
-        ("train", "--batch-size 2.5", "--batch-size can't be 2.5; it takes a whole number"),
-        ("train", "--lr .inf", "--lr must be a finite number, not inf"),
-        ("train", "--lr 1e-3 --lr-min 1", "--lr-min (1) must be at most --lr (0.001)"),
-        ("train", "--ema 1", "--ema must be below 1, not 1.0"),
-        ("train", "--checkpoint-minutes -1", "--checkpoint-minutes must be at least 0"),
-        ("train", "--timeout-minutes 0", "--timeout-minutes must be above 0"),
-        ("train", "--threshold 1", "--threshold must be below 1, not 1.0"),
-        ("train", "--augment maybe", "--augment can't be maybe; it takes none or flips or full"),
-        ("train", "--task organ,", "--task organ,: name regions once each, like organ or anterior,posterior, or all"),
-        ("train", "--task organ,organ", "--task organ,organ: name regions once each"),
-        ("train", "--out=", "--out is empty; is a variable not set?"),
-        ("evaluate", "--dataset=", "--dataset is empty; is a variable not set?"),
-        ("profile", "--csv=", "--csv is empty; is a variable not set?"),
-        ("train", "--epoch 3", "there is no option '--epoch'; did you mean --epochs"),
-        ("distill", "--cache-memory -1", "--cache-memory must be at least 0, not -1"),
-        ("distill", "--teacher-width -1", "--teacher-width must be above 0"),
-        ("distill", "--weights.gain much", "--weights can't be much; it takes names with a number each"),
-        ("distill", "--weights.gain .nan", "--weights must be a finite number, not nan"),
-        ("distill", "--rounds 0", "--rounds must be at least 1"),
-        ("cache", "--prune -1", "--prune must be at least 0, not -1"),
-        ("cache", "--verify -1", "--verify must be at least 0, not -1"),
-        ("evaluate", "--threshold 0", "--threshold must be above 0, not 0.0"),
-        ("evaluate", "--threshold 2", "--threshold must be below 1, not 2.0"),
-        ("evaluate", "--surface-tolerance -1", "--surface-tolerance must be at least 0, not -1"),
-        ("picture", "--rows 0", "--rows must be at least 1, not 0"),
-        ("explain", "--rows 0", "--rows must be at least 1, not 0"),
-        ("explain", "--out a.txt", "--out a.txt: 'txt' is no format of pictures"),
-        ("explain", "--log-to nowhere", "--log-to nowhere: no job that has ended"),
-        ("profile", "--crop 0", "--crop must be at least 1, not 0"),
-        ("profile", "--width -1", "--width must be above 0"),
-        ("profile", "--repeats 0", "--repeats must be at least 1"),
-        ("sweep", "--task -1", "--task must be at least 0"),
-    ],
-)
-def test_values_out_of_bounds_are_one_line(command, arguments, message, capsys):
-    assert main([command, *NEEDED[command], *arguments.split()]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {message}")
-    assert error.count("\n") == 1
-
-
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_what_must_be_given_is_named(command, capsys):
     if not NEEDED[command]:
@@ -152,33 +95,6 @@ def test_a_second_recipe_is_an_error_that_names_both(tmp_path, monkeypatch, caps
 def test_recipes(tmp_path, line, name, value):
     (tmp_path / "recipe.yaml").write_text(f"{line}\n")
     assert getattr(parsed("distill", "--config", tmp_path / "recipe.yaml"), name) == value
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("epochs: many", "--epochs can't be many; it takes a whole number"),
-        ("epochs: 1.5", "--epochs can't be 1.5; it takes a whole number"),
-        ("epochs: 0", "--epochs must be at least 1, not 0"),
-        ("slices: most", "--slices can't be most; it takes all or labelled or mixed"),
-        ("weights: 3", "--weights can't be 3; it takes names with a number each"),
-        ("weights: {gain: much}", "--weights can't be much"),
-        ("dataset: 5", "--dataset: it takes a path"),
-        ('out: "a\\0b"', "--out holds a zero byte"),
-        ("5: 5", "there is no option '5'"),
-        ("- epochs", "a recipe is a list of 'option: value' lines"),
-        ("a: b: c", "can't be read as a recipe"),
-        ("\x80", "can't be read as a recipe"),
-    ],
-)
-def test_mistakes_in_a_recipe_are_one_line(tmp_path, monkeypatch, capsys, line, message):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "recipe.yaml").write_bytes(line.encode("latin-1") + b"\n")
-    given = () if line.startswith("dataset") else ("--dataset", "d.zarr")
-    assert main(["distill", "--task", "organ", "--config", "recipe.yaml", *given]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -111,3 +111,52 @@ def test_docstrings_begin_with_the_thing(path):
     ]
     found = [(getattr(node, "name", path.stem), ast.get_docstring(node) or "") for node in nodes]
     assert not [name for name, text in found if text.startswith("What ")]
+
+
+REMOVES = {
+    "data_tools/ownership.py remove_owned": "bears the mark of a store, cache, job or prediction",
+    "data_tools/identity.py remove_folder": "a case by its mark or as its store knows it, with nothing else in it",
+    "data_tools/store.py write_splits": "a split without its record, with nothing else in it",
+    "data_tools/foreign.py bring_back": "bears a prediction's mark and the signature of a process that is gone",
+    "data_tools/foreign.py write_prediction_of": "made by it; what it replaces bears a prediction's mark",
+    "data_tools/creation.py create_store": "made by it",
+    "data_tools/creation.py remove_left": "empty, and has the signature of a process that is gone",
+    "data_tools/files.py write_atomically": "made by it; callers ask whose file it replaces",
+    "data_tools/files.py remove_abandoned": "has the signature of a process that is gone",
+    "data_tools/location.py remove": "its callers ask",
+    "spark_dist/data/cache.py flush": "made by it",
+    "spark_dist/teacher/trial.py try_cache": "made by it",
+    "spark_dist/export.py run": "made by it",
+    "spark_dist/training/checkpoint.py save_state": "a job's folder, names of saved states",
+    "spark_dist/training/checkpoint.py newest_state": "a job's folder, names of saved states",
+    "spark_dist/training/pictures.py write_picture": "a job's folder, names of a series' pictures",
+    "spark_dist/training/lock.py locked": "a job's folder, names of locks",
+    "spark_dist/training/lock.py take": "a job's folder, the lock",
+    "spark_dist/training/lock.py create": "made by it",
+    "spark_dist/training/lock.py clock": "made by it",
+    "spark_dist/training/mlflow_client.py create_database": "SQLite's leftovers of a database that is not there",
+    "spark_dist/training/mlflow_client.py shared_run": "a run made by it",
+}
+"""Every function that removes, renames or replaces, with what makes the thing ours. Before one is added here, a test
+runs it on somebody's folder or file of the same shape."""
+
+
+def removes(node: ast.AST) -> bool:
+    """Whether a call removes a file, a folder or a run, or gives one a name that another may have."""
+    if not isinstance(node, ast.Call):
+        return False
+    if isinstance(node.func, ast.Name):
+        return node.func.id == "remove"
+    name, values = getattr(node.func, "attr", ""), len(node.args)
+    return name in ("unlink", "rmtree", "rmdir", "rename", "rm", "delete_run") or (name, values) == ("replace", 1)
+
+
+def test_what_removes_knows_whose_it_is():
+    found = {
+        f"{path.relative_to(ROOT)} {function.name}"
+        for path in MODULES
+        if path.parts[len(ROOT.parts)] != "benchmarks"
+        for function in ast.walk(ast.parse(path.read_text()))
+        if isinstance(function, ast.FunctionDef) and any(map(removes, ast.walk(function)))
+    }
+    assert found == REMOVES.keys()

@@ -38,6 +38,8 @@ from .views import ORIENTATIONS
 log = logging.getLogger(__name__)
 SEGMENT_BYTES = 64 * 2**20
 """About how large a segment grows before it is written."""
+SEGMENT = f"{'[0-9]' * 20}-{'[0-9a-f]' * 8}"
+"""The names of segments, as a pattern."""
 
 
 class Entries(NamedTuple):

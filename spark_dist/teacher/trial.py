@@ -14,6 +14,9 @@ from spark_dist.data.number_formats import decode
 
 from .targets import TeacherTargets
 
+TRIAL = f"trial-{'[0-9a-f]' * 8}"
+"""The names of the folders that a measurement writes to, as a pattern."""
+
 
 class Trial(NamedTuple):
     """The cost and the gain of a cache on this machine."""

@@ -12,11 +12,13 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from data_tools.errors import UserError
-from data_tools.files import write_atomically
+from data_tools.files import unfinished, write_atomically
 from spark_dist.networks.checkpoint import load_weights
 
 PARTS = {"epoch": int, "step": int, "best": float, "losses": list, "model": dict, "optimizer": dict, "processes": int}
 """The parts of every saved state, and their types."""
+STATE = f"step-{'[0-9]' * 9}.pt"
+"""The names of saved states, as a pattern: a copy that somebody keeps beside them has another."""
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +82,7 @@ def save_state(folder: Path, step: int, state: Mapping[str, Any], keep: int) -> 
 
 def states(folder: Path) -> list[Path]:
     """The saved states of a run, the oldest first."""
-    return sorted(folder.glob("step-*.pt"))
+    return sorted(folder.glob(STATE))
 
 
 def newest_state(folder: Path) -> Path | None:
@@ -88,8 +90,8 @@ def newest_state(folder: Path) -> Path | None:
 
     Raises `UserError` if all are damaged.
     """
-    for unfinished in folder.glob(".step-*.tmp"):
-        unfinished.unlink()
+    for left in unfinished(folder, STATE):  # nobody else works in this job's folder
+        left.unlink()
     damaged = []
     for path in reversed(states(folder)):
         if (damage := damage_of(path)) is None:

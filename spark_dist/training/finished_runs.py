@@ -15,7 +15,7 @@ from spark_dist.evaluation.metrics import read_cases
 from spark_dist.networks.cost import Model, gflops_of
 
 from .compared_options import options_of
-from .mlflow_client import SQLITE, absolute_uri, brief, make_client
+from .mlflow_client import SQLITE, absolute_uri, make_client, trouble
 
 STAGE_TAGS = ("dataset", "task", "split", "role", "network", "seed")
 """Tags that each stage's run has."""
@@ -136,7 +136,7 @@ def reach(tracking_uri: str) -> tuple[Any, dict[str, str]]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{tracking_uri}: can't be reached ({brief(error)})") from None
+        raise UserError(f"{tracking_uri}: {trouble(error)}") from None
 
 
 def all_runs(client, experiment_id: str) -> Iterable[Any]:

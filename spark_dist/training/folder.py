@@ -19,6 +19,7 @@ from data_tools.files import write_text
 from data_tools.ownership import mark, owned, remove_owned
 from spark_dist.config import TrainingOptions
 
+from .checkpoint import STATE
 from .journal import description
 
 VERSION = 1
@@ -42,7 +43,7 @@ MAY_DIFFER = (
 
 RUN = ("tracking.json", "tracking.jsonl")
 JOB = ("config.yaml", "generation.txt", "support.txt", *RUN)
-STATES = ("step-*.pt", "step-*.damaged", ".step-*.tmp")
+STATES = (STATE, STATE.replace(".pt", ".damaged"), f".{STATE}.*.tmp")
 STAGE = (
     "best.safetensors",
     "test_cases.json",

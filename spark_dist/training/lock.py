@@ -40,7 +40,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     file, own = folder / FILE, json.dumps(this_process())
     take(file, own)
-    for aside in folder.glob(f".{FILE}.*"):
+    for aside in folder.glob(f".{FILE}.{'[0-9a-f]' * 32}"):
         aside.unlink(missing_ok=True)
     released = threading.Event()
     heart = threading.Thread(target=beat, args=(file, own, released), daemon=True)

@@ -10,15 +10,16 @@ from contextlib import closing
 from pathlib import Path
 
 from data_tools.errors import UserError
-from data_tools.files import write_atomically
+from data_tools.files import remove_abandoned, write_atomically
 
 from .journal import Event, description
 from .logged_model import log_model
 
 log = logging.getLogger(__name__)
 
-REFUSALS = (400, 413, 422)
-"""HTTP codes of a server that will not take a request however often it is sent."""
+REFUSALS = (400, 404, 405, 413, 415, 422, 501)
+"""HTTP codes of a server that will not take a request however often it is sent. One that does not know who asks (401,
+403) takes nothing at all until that is mended."""
 
 SQLITE = "sqlite:///"
 
@@ -80,8 +81,7 @@ def create_database(file: Path) -> None:
     """An MLflow database, which takes seconds to make, whole or not at all."""
     from mlflow import MlflowClient
 
-    for unfinished in file.parent.glob(f".{file.name}.*.tmp"):
-        unfinished.unlink()
+    remove_abandoned(file)
     for left in ("-journal", "-wal", "-shm"):
         # Of a database that was here before; SQLite would take them for the new one's.
         file.with_name(file.name + left).unlink(missing_ok=True)
@@ -249,10 +249,23 @@ def dataset_input(facts: Mapping[str, str]):
 
 def refused(error: Exception) -> bool:
     """Whether the server was reached and will never take this."""
+    return answer_of(error) in REFUSALS
+
+
+def answer_of(error: Exception) -> int | None:
+    """The HTTP code of a server's answer; None if there was none."""
     response = getattr(error, "response", None)
     if response is not None:
-        return response.status_code in REFUSALS
-    return hasattr(error, "get_http_status_code") and error.get_http_status_code() in REFUSALS
+        return response.status_code
+    # MLflow has 500 for what never reached a server too.
+    code = error.get_http_status_code() if hasattr(error, "get_http_status_code") else 500
+    return None if code == 500 else code
+
+
+def trouble(error: Exception) -> str:
+    """Why nothing can be sent, in words that follow the server's name."""
+    answer = answer_of(error)
+    return f"answers {answer} ({brief(error)})" if answer else f"can't be reached ({brief(error)})"
 
 
 def brief(error: Exception) -> str:

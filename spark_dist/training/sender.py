@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 BATCH = 500
 """Metrics in a request (MLflow takes 1000)."""
 
+KINDS = ("metrics", "artifact", "image", "dataset", "model", "params", "tags")
+"""Entries by which an event is named when a server refuses it."""
 sending = threading.Lock()
 """Runs of one process send one after another, so that the first imports MLflow and makes the tables and experiment."""
 
@@ -93,13 +95,14 @@ class Sender:
         try:
             deliver(self.client, self.state["run_id"], self.folder, events)
         except Exception as error:
-            if not refused(error):
+            # If the run itself is gone, it is not the entry's fault.
+            if not refused(error) or not known_run(self.client, self.folder, self.state["run_id"]):
                 raise
             if len(events) > 1:
                 for event in events:
                     self._deliver([event])
             else:
-                what = f"{self.uri} refuses a part of {self.folder}, which stays in the journal"
+                what = f"{self.uri} refuses {named(events[0])} of {self.folder}, which stays in the journal"
                 self._warn(what, f" ({brief(error)})")
 
     def _warn(self, what: str, why: str = "") -> None:
@@ -129,3 +132,10 @@ def batches(events: Iterator[tuple[int, Event]]) -> Iterator[list[tuple[int, Eve
             batch = []
     if batch:
         yield batch
+
+
+def named(event: Event) -> str:
+    """An event in a few words, for people."""
+    kind = next((key for key in KINDS if key in event), "end")
+    value = event.get(kind, "of the run")
+    return f"{kind} {', '.join(value) if isinstance(value, dict) else value}"[:100]

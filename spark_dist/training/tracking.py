@@ -24,7 +24,7 @@ import numpy as np
 from data_tools.errors import UserError
 
 from .journal import append, description, mend_journal, read_journal, read_state
-from .mlflow_client import absolute_uri, brief
+from .mlflow_client import absolute_uri, trouble
 from .pictures import write_picture
 from .runs_page import how_to_look
 from .sender import Sender, sending
@@ -38,6 +38,8 @@ PATIENCE, PATIENCE_WITH_MODEL = 10, 180
 """Seconds that the end of a run waits for the server, and where a model is to be laid out and sent."""
 SYSTEM_SECONDS = 10
 """Seconds between readings of the system metrics."""
+SENDS = "sends to MLflow"
+"""Name of the threads that do."""
 IMAGES = "mlflow.loggedImages"
 """The tag of runs by which MLflow's pages know that there are series of pictures."""
 
@@ -54,7 +56,7 @@ class Tracker:
             for _, event in read_journal(folder)
             for key in (*event.get("metrics", ()), *([event["image"]] if "image" in event else []))
         }
-        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread = threading.Thread(target=self._work, daemon=True, name=SENDS)
         self.ended = threading.Event()
         self.patience = PATIENCE
 
@@ -141,8 +143,8 @@ class Tracker:
             except Exception as error:
                 sent, hopeless = False, isinstance(error, UserError)
                 if not warned:
-                    why = f"{self.sender.uri} can't be reached, training goes on ({brief(error)})"
-                    log.warning("tracking: %s", f"{error}; training goes on" if hopeless else why)
+                    why = str(error) if hopeless else f"{self.sender.uri} {trouble(error)}"
+                    log.warning("tracking: %s; training goes on", why)
                     warned = True
             pause = POLL if sent else min(2 * pause, LONGEST_PAUSE)
             if ending and (sent or hopeless or pause > PATIENCE / 2):
@@ -241,7 +243,7 @@ def sync(folder: Path, tracking_uri: str) -> int:
             errors.append(str(error))
         except Exception as error:
             left = f"{part} keeps {sender.left()} entries"
-            raise UserError(f"{tracking_uri}: can't be reached ({brief(error)}); {left}") from None
+            raise UserError(f"{tracking_uri}: {trouble(error)}; {left}") from None
         total += sender.sent
     if errors:
         raise UserError(errors[0])

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from data_tools.location import open_array
 from data_tools.ownership import fingerprint, mark
+from data_tools.workers import signature
 from spark_dist.cli import main
 from spark_dist.networks import build_network
 from spark_dist.networks.checkpoint import save_network
@@ -127,6 +128,34 @@ def test_only_what_bears_a_caches_mark_is_pruned(cache, tmp_path):
     assert all(f"caches/{name}: left alone" in said for name in ("patient", "copy", "edited", "empty"))
     assert "is a link" in said
     assert all_files(tmp_path) == before
+
+
+def test_of_what_killed_processes_left_in_a_cache_only_the_old_and_its_own_is_pruned(cache, tmp_path):
+    cache()
+    (folder,) = (tmp_path / "caches").iterdir()
+    name = f"{time.time_ns():020}-0123abcd"
+    places = [folder / "trial-0123abcd.tmp/segments/x", folder / f"segments/{name}.tmp/keys"]
+    places += [folder / f".description.json.{signature(os.getpid())}.tmp"]
+    theirs = [folder / "trial-notes.tmp/x", folder / "segments/notes.tmp", folder / ".description.json.notes.tmp"]
+    for place in (*places, *theirs):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(b"x")
+    before = all_files(tmp_path)
+    cache("--prune", 1, options=())
+    assert all_files(tmp_path) == before
+    aged = [path for path in folder.rglob("*") if path.name != "description.json"]
+    for path in aged:
+        os.utime(path, (0, 0))
+    cache("--prune", 1, options=())
+    gone = {str(place.relative_to(tmp_path)) for place in places}
+    assert all_files(tmp_path) == {path: data for path, data in before.items() if path not in gone}
+    # Segments behind a link are somebody else's.
+    (folder / "segments").rename(tmp_path / "elsewhere")
+    (folder / "segments").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / f"{name}.tmp").mkdir()
+    os.utime(tmp_path / "elsewhere" / f"{name}.tmp", (0, 0))
+    cache("--prune", 1, options=())
+    assert (tmp_path / "elsewhere" / f"{name}.tmp").exists()
 
 
 def test_a_generation_that_is_over_is_removed_and_nothing_else(tmp_path, monkeypatch):

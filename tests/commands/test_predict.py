@@ -19,6 +19,7 @@ from nifti_cases import ORIENTATIONS, all_files, save
 from data_tools.cli import main as spark_data
 from data_tools.scans import Preparation
 from data_tools.store import open_store
+from data_tools.workers import signature
 from spark_dist import load_student
 from spark_dist.cli import main
 from spark_dist.data.slices import VoxelReader
@@ -229,6 +230,7 @@ def test_killed_in_the_middle_the_same_command_does_the_rest(tmp_path, student):
     line = [sys.executable, "-m", "spark_dist.predict", student, tmp_path / "in", "--out", tmp_path / "out"]
     line = [str(word) for word in line]
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL)
+    left, kept = (tmp_path / "out" / f".5.nii.gz.{name}.tmp" for name in (signature(process.pid), "notes"))
     while len(list((tmp_path / "out").glob("*.nii.gz"))) < 2:
         assert process.poll() is None
         time.sleep(0.005)
@@ -236,8 +238,11 @@ def test_killed_in_the_middle_the_same_command_does_the_rest(tmp_path, student):
     process.wait()
     whole = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.nii.gz")}
     assert 2 <= len(whole) < 6
-    (tmp_path / "out" / f".5.nii.gz.{process.pid}.tmp").write_bytes(b"half")
+    for path in (left, kept):
+        path.write_bytes(b"half")
     predict(*line[3:])
+    assert kept.exists()
+    kept.unlink()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"{n}.nii.gz" for n in range(6)]
     assert all(path.stat().st_mtime_ns == written for path, written in whole.items())
     predict(student, tmp_path / "in", "--out", tmp_path / "undisturbed")

@@ -23,7 +23,7 @@ JOB = ["--task", "organ", "--crop", "32", "--crop-shift", "[0,0]"]
 def test_what_is_drawn_is_what_training_sees(tiny_store, tmp_path, monkeypatch, given, count):
     drawn, options = {}, []
     monkeypatch.setattr(views, "outlined", lambda axis, image, mask, title: drawn.update({title: (image, mask)}))
-    monkeypatch.setattr(views, "check_output", lambda path: None)
+    monkeypatch.setattr(views, "check_output", lambda *_: None)
     run = views.run
     monkeypatch.setattr(views, "run", lambda given: (options.append(given), run(given)))
     line = ["views", "--dataset", str(tiny_store), *JOB, *given, "--case", "case_00002", "--slice", "3"]

@@ -208,7 +208,7 @@ def test_files_that_are_nearly_named_so_are_told_of(tmp_path, touch, capsys):
     assert line == f"note: {tmp_path}/volume-2 (1).nii.gz: left out, as it is not named like volume-12.nii"
 
 
-@pytest.mark.parametrize("pattern", ["/data/{case}.nii", "../{case}.nii", "{case}/../x.nii"])
+@pytest.mark.parametrize("pattern", ["../{case}.nii", "{case}/../x.nii"])
 def test_patterns_that_lead_elsewhere(tmp_path, pattern):
     with pytest.raises(UserError, match=r"--image-pattern .*: is below the data set's folder"):
         find_pairs(tmp_path, pattern, "{case}.nii")

@@ -17,6 +17,7 @@ from nifti_cases import all_but_identity, all_files, save_kits
 from data_tools.cli import main
 from data_tools.creation import aside, create_store
 from data_tools.errors import Conflict, UserError
+from data_tools.files import remove_abandoned
 from data_tools.ownership import (
     MADE_BY,
     check_free,
@@ -29,6 +30,7 @@ from data_tools.ownership import (
 )
 from data_tools.sealed import read_sealed, seal
 from data_tools.store import delete_case, open_store, write_case
+from data_tools.workers import signature
 
 CACHE = {"version": 2, "method": "spark", "crop": [8, 8]}
 
@@ -469,9 +471,47 @@ def test_killed_while_a_store_is_made_nothing_of_it_stays(tmp_path, place, calls
     assert all_files(tmp_path) == theirs
 
 
+KILLED_WRITING = """
+import os, signal, sys
+from pathlib import Path
+from data_tools.files import write_atomically
+write_atomically(Path(sys.argv[1]), lambda aside: aside.write_text("half") and os.kill(os.getpid(), signal.SIGKILL))
+"""
+
+
+def test_of_a_file_only_what_killed_processes_left_is_removed(tmp_path):
+    file, elsewhere = tmp_path / "a[1].nii.gz", tmp_path / ".a[1].nii.gz.0123abcd-7-7.tmp"
+    for name in ("notes", "123", "notes-1-1", "0123abcd-1"):
+        (tmp_path / f".{file.name}.{name}.tmp").write_text("mine")
+    for theirs in (elsewhere, tmp_path / f".{file.name}.{signature(os.getpid())}.tmp", tmp_path / "a1.nii.gz"):
+        theirs.write_text("half")
+    before = all_files(tmp_path)
+    run = subprocess.run([sys.executable, "-c", KILLED_WRITING, str(file)], check=False)
+    assert run.returncode == -signal.SIGKILL
+    assert len(all_files(tmp_path)) == len(before) + 1
+    remove_abandoned(file)
+    assert all_files(tmp_path) == before
+    for path in tmp_path.iterdir():
+        os.utime(path, (0, 0))
+    remove_abandoned(file)
+    assert all_files(tmp_path) == {name: text for name, text in before.items() if name != elsewhere.name}
+
+
+@pytest.mark.parametrize("name", [".notes.tmp", ".zarr.json.notes.tmp", "image.partial", "zarr.notes.partial"])
+def test_a_hidden_file_of_somebodys_in_a_case_is_no_part_of_it(cohorts, name):
+    store = cohorts / "a.zarr"
+    (store / "cases/case_00001" / name).write_text("mine")
+    with pytest.raises(UserError, match="which is no part of a case; move it away"):
+        delete_case(store, "case_00001")
+    assert (store / "cases/case_00001" / name).read_text() == "mine"
+    (store / "cases/case_00001" / name).rename(store / f"cases/case_00001/.zarr.json.{signature(os.getpid())}.tmp")
+    delete_case(store, "case_00001")
+    assert not (store / "cases/case_00001").exists()
+
+
 def test_what_another_process_makes_aside_is_left_until_it_is_forgotten(tmp_path):
     create_store(tmp_path / "s.zarr", {"labels": {}})
-    alive, elsewhere = aside(tmp_path / "s.zarr"), tmp_path / ".s.zarr.0123abcd-7-7-1.new"
+    alive, elsewhere = aside(tmp_path / "s.zarr"), tmp_path / ".s.zarr.0123abcd-7-7-01234567.new"
     for folder in (alive, elsewhere):
         shutil.copytree(tmp_path / "s.zarr", folder)
     create_store(tmp_path / "s.zarr", {"labels": {}})

@@ -309,12 +309,6 @@ def test_a_spacing_that_is_given_is_in_mm(tmp_path):
     np.testing.assert_allclose(np.linalg.norm(header.affine[:3, :3], axis=0), (0.5, 0.75, 5))
 
 
-def test_a_label_that_is_nearly_whole_is_named_as_it_is(tmp_path):
-    file = save(tmp_path / "a.nii.gz", np.full((2, 2, 2), 1.0000001))
-    with pytest.raises(UserError, match=r"whole numbers, and it holds 1\.0000001; "):
-        read_voxels(read_header(file), stored_label({"organ": [1]}, False))
-
-
 @pytest.mark.parametrize(("units", "factor"), [("meter", 1e-3), ("mm", 1)])
 def test_a_prediction_is_written_in_the_units_of_the_scan(tmp_path, units, factor):
     scan = read_scan(with_units(tmp_path / "a.nii.gz", units, factor), Preparation(kind="fixed", low=0, high=1))

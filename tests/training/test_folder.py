@@ -49,7 +49,8 @@ def theirs(tmp_path):
     for part in (folder, folder / "teacher", folder / "student"):
         (part / "checkpoints").mkdir(parents=True)
         names = ("config.yaml", "best.safetensors", "test_cases.json", "generation.txt", "a.png", "predictions.png")
-        for name in (*names, "tracking.jsonl", "tracking-notes.txt", "checkpoints/step-000000001.pt"):
+        names += ("checkpoints/step-000000001.pt", "checkpoints/step-000000001-good.pt", "checkpoints/.step-notes.tmp")
+        for name in (*names, "tracking.jsonl", "tracking-notes.txt"):
             (part / name).write_text("lr: 0.1")
     return folder
 
@@ -88,10 +89,11 @@ def test_only_what_a_job_writes_is_discarded(theirs):
     mark(theirs, "job", version=1)
     discard(theirs)
     left = {str(path.relative_to(theirs)) for path in theirs.rglob("*") if path.is_file()}
-    stage = {"config.yaml", "generation.txt", "a.png", "tracking-notes.txt"}
+    kept = {"checkpoints/step-000000001-good.pt", "checkpoints/.step-notes.tmp"}
+    stage = {"config.yaml", "generation.txt", "a.png", "tracking-notes.txt", *kept}
     assert left == {
         *("job.json", "a.png", "tracking-notes.txt", "best.safetensors", "test_cases.json", "predictions.png"),
-        "checkpoints/step-000000001.pt",
+        *("checkpoints/step-000000001.pt", *kept),
         *(f"{part}/{name}" for part in ("teacher", "student") for name in stage),
     }
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -10,10 +11,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import keep_signals, model_card, undecided
-from nifti_cases import save
+from nifti_cases import all_files, save
 
 from data_tools.cli import main as spark_data
 from data_tools.creation import aside
+from data_tools.errors import UserError
 from data_tools.predictions import prediction_of
 from data_tools.preparation import Preparation
 from data_tools.store import open_store
@@ -290,6 +292,41 @@ def test_predictions_stay_until_they_shall_be_replaced(prepared, tmp_path, capsy
     assert not left.exists()
     (folder / "zarr.json").write_text("{}")
     assert "holds something else, or is damaged; move it away" in refused(capsys, "foreign", "--name", "a", "--replace")
+
+
+def test_a_prediction_that_could_not_be_replaced_is_there_again(prepared, tmp_path, capsys, monkeypatch):
+    """As the second of two renames fails, or a kill comes before it."""
+    softmax_file(tmp_path / "foreign" / f"{CASES[0]}.npz", *random_softmax(3))
+    run("predictions", "store.zarr", "foreign", "--name", "a")
+    folder = prediction_of(prepared, "a", CASES[0])[0]
+    before = all_files(folder.parent)
+    softmax_file(tmp_path / "foreign" / f"{CASES[0]}.npz", *random_softmax(3)[::-1])
+    rename, calls = Path.rename, []
+
+    def second_fails(path, target):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError("no room")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", second_fails)
+        assert "no room" in refused(capsys, "foreign", "--name", "a", "--replace")
+    assert all_files(folder.parent) == before
+
+    left = aside(folder)
+    folder.rename(left.with_name(left.name.replace(f"-{os.getpid()}-", "-999999999-")))  # its maker is dead
+    half = aside(folder)
+    half = half.with_name(half.name.replace(f"-{os.getpid()}-", "-999999999-"))
+    shutil.copytree(folder.parent / next(folder.parent.iterdir()).name, half)
+    (half / "zarr.json").write_text('{"attributes": {"format": "spark-dist prediction"}}')
+    with pytest.raises(UserError, match="has no prediction 'a'; put its file"):
+        prediction_of(prepared, "a", CASES[0])
+    assert "holds another prediction; pass --replace" in refused(capsys, "foreign", "--name", "a")
+    assert {name: data for name, data in all_files(folder.parent).items() if half.name not in name} == before
+    run("predictions", "store.zarr", "foreign", "--name", "a", "--replace")
+    assert prediction_of(prepared, "a", CASES[0])
+    assert os.listdir(folder.parent) == [CASES[0]]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 
 import pytest
 from conftest import ROOT
@@ -119,6 +120,14 @@ def test_of_many_that_find_a_dead_holder_one_takes_over(hold, tmp_path, host):
     others = [hold(f"{host}-{k}" if host else "") for k in range(6)]
     said = [next(line for line in iter(other.stdout.readline, "") if "looking" not in line) for other in others]
     assert sorted(line == "held\n" for line in said) == [False] * 5 + [True]
+
+
+def test_what_a_killed_process_left_beside_the_lock_is_removed_and_somebodys_file_stays(tmp_path):
+    (tmp_path / f".{FILE}.{uuid.uuid4().hex}").write_text("{}")
+    (tmp_path / f".{FILE}.notes").write_text("mine")
+    with locked(tmp_path):
+        assert sorted(os.listdir(tmp_path)) == [f".{FILE}.notes", FILE]
+    assert os.listdir(tmp_path) == [f".{FILE}.notes"]
 
 
 def test_a_lock_that_is_removed_is_made_again(hold, tmp_path):

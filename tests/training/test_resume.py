@@ -140,6 +140,16 @@ def test_all_checkpoints_damaged_is_an_error(tmp_path):
             newest_state(tmp_path)
 
 
+def test_of_saved_states_the_latest_stay_and_whatever_somebody_keeps_beside_them(tmp_path):
+    kept = {"step-000000001-good.pt", "step-best.pt", ".step-notes.tmp"}
+    for name in kept:
+        (tmp_path / name).write_bytes(b"mine")
+    for step in range(4):
+        save_state(tmp_path, step, {"step": step}, keep=2)
+    assert newest_state(tmp_path).name == "step-000000003.pt"
+    assert {path.name for path in tmp_path.iterdir()} == {"step-000000002.pt", "step-000000003.pt", *kept}
+
+
 @pytest.mark.slow
 def test_workers_end_with_a_killed_job(jobs, tiny_store, tmp_path):
     arguments = ("--dataset", tiny_store, *SMALL, "--workers", 1, "--out", "job")

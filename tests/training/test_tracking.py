@@ -7,9 +7,11 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import types
 from contextlib import ExitStack, closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import cv2
@@ -259,6 +261,81 @@ def test_what_the_server_refuses_does_not_hold_up_the_rest(store, tmp_path, capl
     assert "refuses" in caplog.text
     assert "nothing.png is gone" in caplog.text
     assert "training goes on" not in caplog.text
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """An MLflow server as far as one run needs it, which answers some paths with a code of its own."""
+
+    def do_GET(self):
+        self.do_POST()
+
+    def do_POST(self):
+        length = int(self.headers.get("Content-Length") or 0)
+        request = json.loads(self.rfile.read(length) or "{}")
+        path = self.path.partition("?")[0].partition("/mlflow/")[2]
+        code = self.server.refused.get(path, 200)
+        if code == 200:
+            self.server.taken.append((path, request))
+        if path == "runs/create":
+            self.server.tags = request["tags"]
+        run = {"info": {"run_id": "1" * 32, "experiment_id": "1", "lifecycle_stage": "active"}}
+        run["data"] = {"tags": self.server.tags}
+        answers = {"experiments/get-by-name": {"experiment": {"experiment_id": "1", "lifecycle_stage": "active"}}}
+        answers |= {"runs/create": {"run": run}, "runs/get": {"run": run}}
+        self.send_response(code)
+        self.end_headers()
+        self.wfile.write(json.dumps(answers.get(path, {})).encode() if code == 200 else b"not found")
+
+    def log_message(self, *about):
+        pass
+
+
+@pytest.fixture
+def refusing():
+    """A server that takes everything until told otherwise: `refused` has a code by path, `taken` what it took."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        server.refused, server.taken, server.tags = {}, [], []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.mark.parametrize("code", [400, 404, 501])
+def test_a_server_that_refuses_an_entry_is_not_one_that_is_down(refusing, tmp_path, caplog, code):
+    """As one of an earlier version, which does not know of datasets."""
+    refusing.refused["runs/log-inputs"] = code
+    uri = f"http://127.0.0.1:{refusing.server_port}"
+    tracker = open_run(uri, "e", "r", tmp_path / "r", {}, {})
+    tracker.dataset({"name": "kits", "digest": "abc", "source_type": "local", "source": "{}", "context": "training"})
+    tracker.metrics({"loss": 1}, 1)
+    tracker.finish("FINISHED")
+    assert not tracker.sender.left()
+    sent = [metric["key"] for path, request in refusing.taken for metric in request.get("metrics", ())]
+    assert "loss" in sent
+    assert ("runs/update", "FINISHED") in [(path, request.get("status")) for path, request in refusing.taken]
+    (warned,) = [record.getMessage() for record in caplog.records if record.name.startswith("spark_dist")]
+    assert warned.startswith(f"tracking: {uri} refuses dataset ")
+
+
+@pytest.mark.parametrize(("path", "code"), [("runs/log-batch", 403), ("runs/log-batch", 503), ("runs/get", 404)])
+def test_a_server_that_takes_nothing_now_gets_all_of_it_later(refusing, tmp_path, caplog, monkeypatch, path, code):
+    """Whoever it does not know is refused everything; and of a run that it has lost, no entry is passed over."""
+    monkeypatch.setattr("spark_dist.training.tracking.PATIENCE", 1)
+    refusing.refused = {path: code, "runs/log-inputs": 404}
+    uri = f"http://127.0.0.1:{refusing.server_port}"
+    tracker = open_run(uri, "e", "r", tmp_path / "r", {}, {})
+    tracker.dataset({"name": "kits"})
+    tracker.metrics({"loss": 1}, 1)
+    tracker.finish("FINISHED")
+    assert tracker.sender.left()
+    why = f"answers {code} (" if code < 500 else "can't be reached ("
+    assert why in caplog.text
+    tracker.thread.join()
+    refusing.refused.clear()
+    assert sync(tmp_path / "r", uri) >= 3
+    assert "loss" in [metric["key"] for _, request in refusing.taken for metric in request.get("metrics", ())]
+    # Passed over by a server that knew the run, but not by one that did not.
+    assert ("runs/log-inputs" in [path for path, _ in refusing.taken]) == (path == "runs/get")
 
 
 def test_only_what_is_new_in_the_journal_is_read(tmp_path):
