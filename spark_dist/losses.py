@@ -111,14 +111,24 @@ def segmentation(logits: Tensor, mask: Tensor, known: Tensor | None = None) -> T
     return 0.5 * focal(logits, mask, known) + 0.5 * soft_dice(logits, mask, known)
 
 
-def kl(student: Tensor, teacher: Tensor, temperature: float, known: Tensor | None = None) -> Tensor:
+def kl(student: Tensor, teacher: Tensor, temperature: float, known: Tensor | None = None, focus: float = 0.0) -> Tensor:
     """Mean over pixels of KL(teacher ‖ student) of the class probabilities at `temperature`, times its square.
 
     Takes logits (N, C, H, W). Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531.
+
+    `focus` f from 0 to 1 makes it a weighted mean, so that background beyond doubt does not drown the boundary: a pixel
+    weighs 1 − f · min(p₀, q₀), p₀ and q₀ being the student's and the teacher's probability of the background. The
+    weights are constants whose mean over the whole batch (of all processes) is made one, unless they sum to less than
+    one pixel. Edges and bodies of objects in losses of their own: Liu et al., BPKD, arXiv 2306.08075.
     """
     log_p = F.log_softmax(student.float() / temperature, dim=1)
     q = F.softmax(teacher.float() / temperature, dim=1)
-    return mean_over_known(F.kl_div(log_p, q, reduction="none").sum(dim=1), known) * temperature**2
+    divergence = F.kl_div(log_p, q, reduction="none").sum(dim=1)
+    if not focus:
+        return mean_over_known(divergence, known) * temperature**2
+    weight = only_known(1 - focus * torch.minimum(log_p[:, 0].exp(), q[:, 0]).detach(), known)
+    pixels, total = sum_over_processes(torch.stack([weight.new_tensor(weight.numel()), weight.sum()]))
+    return (weight * divergence).mean() * pixels / total.clamp(min=1) * temperature**2
 
 
 def margin(logits: Tensor) -> Tensor:

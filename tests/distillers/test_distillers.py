@@ -376,6 +376,16 @@ def test_soft(classes):
     check(terms, "segmentation", 0.5 * losses.segmentation(student.logits, mask).item())
 
 
+def test_soft_can_weigh_background_less():
+    student, teacher, mask = case("soft")
+    p, q = (softmax(x[0], axis=1) for x in in_numpy(student, teacher))
+    weight = 1 - 0.9 * np.minimum(p, q)[:, 0]
+    expected = 0.5 * (weight * (q * np.log(q / p)).sum(axis=1)).sum() / weight.sum()
+    check(terms_of(build("soft", kl_focus=0.9), student, teacher, mask), "kl", expected)
+    with pytest.raises(UserError, match="kl_focus must be from 0 to 1, not 2"):
+        build("soft", kl_focus=2)
+
+
 def test_soft_asks_for_the_teachers_probabilities_and_nothing_else():
     _, teacher, mask = case("soft")
     terms = terms_of(build("soft"), teacher, teacher, mask)

@@ -38,6 +38,29 @@ def test_the_kl_is_that_of_the_teacher_from_the_student():
     assert losses.kl(torch.tensor(teacher), torch.tensor(teacher), 2).item() == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("focus", [0.5, 1.0])
+def test_a_focused_kl_is_a_weighted_mean(focus):
+    student, teacher = np.random.default_rng(0).normal(0, 3, (2, 2, 3, 5, 5))
+    p, q = (np.exp(x / 2) / np.exp(x / 2).sum(axis=1, keepdims=True) for x in (student, teacher))
+    weight = 1 - focus * np.minimum(p, q)[:, 0]
+    expected = 4 * (weight * (q * np.log(q / p)).sum(axis=1)).sum() / weight.sum()
+    assert losses.kl(torch.tensor(student), torch.tensor(teacher), 2, focus=focus).item() == pytest.approx(expected)
+
+
+def test_background_beyond_doubt_does_not_dilute_a_focused_kl():
+    student, teacher = several(classes=2)[0], several(classes=2)[0].flip(0)
+    certain = torch.tensor([30.0, -30.0]).view(1, 2, 1, 1).expand(9, 2, 8, 8)
+    drowned = torch.cat([student, certain]), torch.cat([teacher, certain])
+    alone = losses.kl(student, teacher, 1, focus=1).item()
+    assert losses.kl(*drowned, 1, focus=1).item() == pytest.approx(alone, rel=1e-4)
+    assert losses.kl(*drowned, 1).item() == pytest.approx(losses.kl(student, teacher, 1).item() / 4, rel=1e-4)
+    # Nor does it let pass what the student alone takes for the target.
+    mistaken = drowned[0].clone()
+    mistaken[-1] *= -1
+    assert losses.kl(mistaken, drowned[1], 1, focus=1) > 10 * alone
+    assert losses.kl(certain, certain, 1, focus=1).item() == pytest.approx(0, abs=1e-6)
+
+
 def test_the_dice_is_of_the_batch_and_not_a_mean_over_slices():
     logits = torch.tensor([[-9.0, 9.0], [9.0, -9.0]]).view(2, 2, 1, 1).expand(2, 2, 8, 8)
     mask = torch.zeros(2, 2, 8, 8)
@@ -86,6 +109,7 @@ TRUTH = {
     "soft Dice": losses.soft_dice,
     "segmentation": losses.segmentation,
     "KL": lambda logits, mask, known=None: losses.kl(logits, mask, 3.0, known),
+    "focused KL": lambda logits, mask, known=None: losses.kl(logits, mask, 3.0, known, focus=0.9),
 }
 """Losses of the samples whose truth is known."""
 
