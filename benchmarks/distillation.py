@@ -3,8 +3,9 @@
 A grid over (regime × draw × arm) through the project's own commands. A regime is a number of labelled cases, the other
 training cases being there without their labels; a draw is its own labelled cases, its own teacher and its own seed,
 shared by all arms. Val and test cases are the same in all. Whatever is there is not computed again, so that it can be
-stopped and started at any time. Each cell is a run in WORK/mlflow.db. Writes results/distillation.{md,json,png} of what
-is finished; --report does only that.
+stopped and started at any time. Each cell is a run in WORK/mlflow.db. What is finished is kept in
+results/distillation.json, and goes on from there without WORK, too; results/distillation.{md,png} are made of it, which
+is all that --report does.
 """
 
 import argparse
@@ -12,64 +13,59 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 
-from benchmarks.jobs import arguments_of, begin, of_cases, run_job
+from benchmarks.jobs import Finding, arguments_of, begin, finding, read_findings, run_job, write_findings
 from data_tools.files import write_text
 from data_tools.split import deal
 from data_tools.store import open_store
 from spark_dist.evaluation.intervals import difference_over_seeds, over_seeds
 
 RESULTS = Path(__file__).parent / "results"
+FINDINGS = RESULTS / "distillation.json"
 VAL, TEST = 20, 60
-METRIC = "dice"
+DRAWS = 8
+"""The most draws."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to train a student: the teacher, and the cases."""
+    """A way to train a network: the method, the teachers, the cases."""
 
     method: str = ""
     """Distillation method; none for a network trained alone."""
     unlabelled: float = 0.0
     """Share of unlabelled slices in a batch."""
-    teacher: str = "teacher"
-    """The arm whose network teaches."""
+    teachers: tuple[str, ...] = ("teacher",)
+    """The arms whose networks teach, as one teacher of the mean of their probabilities."""
     network: str = "enet"
     width: float = 1.0
-    steps: int = 0
-    """Optimizer steps, if not those of all."""
     all_labels: bool = False
     """With the labels of all training cases."""
+    options: Mapping[str, object] = field(default_factory=dict)
+    """Options that differ from the common ones."""
 
 
+TEACHER = {"network": "unet", "width": 0.25}
 ARMS = {
-    "teacher": Arm(network="unet", width=0.25, steps=700),
-    "teacher, 2000 steps": Arm(network="unet", width=0.25, steps=2000),
+    "teacher": Arm(**TEACHER, options={"steps": 2000, "channels-last": "true"}),
     "alone": Arm(),
     "soft, unlabelled": Arm("soft", 0.5),
-    "soft, unlabelled, teacher of 2000 steps": Arm("soft", 0.5, "teacher, 2000 steps"),
-    "soft, unlabelled, enet as teacher": Arm("soft", 0.5, "alone"),
-    "spark, unlabelled": Arm("spark", 0.5),
-    "kd, unlabelled": Arm("kd", 0.5),
-    "soft": Arm("soft"),
-    "spark": Arm("spark"),
-    "kd": Arm("kd"),
-    "cwd, unlabelled": Arm("cwd", 0.5),
-    "dist, unlabelled": Arm("dist", 0.5),
-    "at, unlabelled": Arm("at", 0.5),
-    "emkd, unlabelled": Arm("emkd", 0.5),
-    "all labels": Arm(all_labels=True),
 }
-"""The arms, in the order in which they are run: an arm's teacher stands before it."""
+"""The arms, in the order in which they are run."""
+
+CONTRASTS = [("soft, unlabelled", "soft, unlabelled, enet as teacher")]
+"""Pairs of arms whose difference is reported besides those to the student alone."""
 
 COMMON = {
     "task": "organ",
-    "crop": "[64,48]",
-    "crop-shift": "[0,0]",
+    "crop": "[48,32]",  # holds the targets of 99% of the cases
+    "crop-shift": "[0,1]",
     "slices": "all",
     "augment": "full",
     "mirror": "false",
@@ -77,7 +73,7 @@ COMMON = {
     "batch-size": 16,
     "lr": 3e-3,
     "val-steps": 500,
-    "channels-last": "true",
+    "picture-every": 0,
     "experiment": "distillation",
 }
 """Options of all jobs."""
@@ -90,6 +86,17 @@ class Cell:
     labelled: int
     draw: int
     arm: str
+
+    @property
+    def name(self) -> str:
+        """Its name among the findings."""
+        return f"{self.labelled} labelled, draw {self.draw}: {self.arm}"
+
+    @property
+    def teachers(self) -> list["Cell"]:
+        """The cells whose networks teach its student."""
+        arm = ARMS[self.arm]
+        return [Cell(self.labelled, self.draw, name) for name in (arm.teachers if arm.method else ())]
 
     @property
     def split(self) -> str:
@@ -132,36 +139,44 @@ def arguments(cell: Cell, work: Path, options: argparse.Namespace) -> tuple[str,
         "split": cell.split,
         "seed": cell.draw,
         "tracking-uri": f"sqlite:///{work}/mlflow.db",
-        "steps": arm.steps or options.steps,
+        "steps": options.steps,
         "compile": str(options.compile).lower(),
     }
     if not arm.method:
-        given |= {"network": arm.network, "width": arm.width, "views": -1}
-        return "train", given
-    teacher = ARMS[arm.teacher]
+        return "train", given | {"network": arm.network, "width": arm.width, "views": -1} | arm.options
+    teacher = ARMS[arm.teachers[0]]
     given |= {
         "method": arm.method,
         "student": arm.network,
         "student-width": arm.width,
         "teacher": teacher.network,
         "teacher-width": teacher.width,
-        "teacher-checkpoint": Cell(cell.labelled, cell.draw, arm.teacher).network(work) / "best.safetensors",
+        "teacher-checkpoint": [each.network(work) / "best.safetensors" for each in cell.teachers],
         "unlabelled-share": arm.unlabelled,
         "cache": "on",
         "cache-folder": work / "teacher-cache",
     }
-    return "distill", given
+    return "distill", given | arm.options
 
 
-def run(cell: Cell, work: Path, options: argparse.Namespace) -> None:
-    """Compute a cell, unless it is there."""
+def collect(work: Path, labelled: Sequence[int]) -> dict[str, Finding]:
+    """The findings that are kept and those of finished jobs in `work`, which are kept from now on."""
+    findings = read_findings(FINDINGS)
+    for number, draw, arm in product(labelled, range(DRAWS), ARMS):
+        cell = Cell(number, draw, arm)
+        if found := finding(cell.folder(work), cell.network(work)):
+            findings[cell.name] = found
+    if findings:
+        write_findings(FINDINGS, findings)
+    return findings
+
+
+def compute(cell: Cell, work: Path, options: argparse.Namespace) -> None:
+    """Compute a cell, unless its network is there; so, too, the teachers that it needs."""
+    for teacher in cell.teachers:
+        compute(teacher, work, options)
     command, given = arguments(cell, work, options)
     run_job(command, given, cell.folder(work), cell.network(work))
-
-
-def dice(cell: Cell, work: Path) -> dict[str, float] | None:
-    """Test Dice of every case, if the cell is finished."""
-    return of_cases(cell.network(work), METRIC)
 
 
 @dataclass(frozen=True)
@@ -171,91 +186,77 @@ class Result:
     labelled: int
     arm: str
     draws: int
+    val: float
     dice: float
-    difference: float | None = None
-    """To the student alone of the same draws."""
-    low: float | None = None
-    high: float | None = None
-    gap_closed: float | None = None
+    difference: tuple[float, float, float] | None
+    """To the student alone of the same draws, low and high."""
+    gap_closed: float | None
     """The difference over that of its own teacher to the student alone."""
-    control: tuple[float, float, float] | None = None
-    """Difference to the arm whose teacher is like the student, low and high."""
-    minutes: float | None = None
+    minutes: float
 
 
-def results(work: Path, labelled: Sequence[int], draws: int) -> list[Result]:
+def results(findings: Mapping[str, Finding], labelled: Sequence[int]) -> list[Result]:
     """The findings so far: an arm is compared in the draws in which both it and the student alone are."""
-    found = []
-    for number in labelled:
-        values = {arm: {d: v for d in range(draws) if (v := dice(Cell(number, d, arm), work))} for arm in ARMS}
-        for arm in ARMS:
-            if values[arm]:
-                found.append(result(number, arm, values, work))
-    return found
-
-
-def result(labelled: int, arm: str, values: Mapping[str, Mapping[int, dict]], work: Path) -> Result:
-    def to(other: str) -> tuple[float, float, float] | None:
-        both = sorted(values[arm].keys() & values[other].keys())
-        if not both or arm == other:
-            return None
-        pairs = [values[arm][d] for d in both], [values[other][d] for d in both]
-        found = difference_over_seeds(*pairs, paired=True)
-        return tuple(100 * found[key] for key in ("mean", "low", "high"))
-
-    minutes = [
-        float(file.read_text())
-        for d in values[arm]
-        if (file := Cell(labelled, d, arm).folder(work) / "minutes.txt").exists()
+    return [
+        result(number, arm, found, findings)
+        for number in labelled
+        for arm in ARMS
+        if (found := [f for d in range(DRAWS) if (f := findings.get(Cell(number, d, arm).name))])
     ]
-    alone = to("alone")
-    teacher = ARMS[arm].teacher
-    both = sorted(values[arm].keys() & values["alone"].keys() & values[teacher].keys())
-    gap = (
-        np.mean([[np.mean(list(values[a][d].values())) for a in (arm, "alone", teacher)] for d in both], axis=0)
-        if both
-        else None
-    )
-    closed = (gap[0] - gap[1]) / (gap[2] - gap[1]) if gap is not None and gap[2] > gap[1] and ARMS[arm].method else None
+
+
+def result(labelled: int, arm: str, found: Sequence[Finding], findings: Mapping[str, Finding]) -> Result:
+    alone = difference(labelled, arm, "alone", findings)
+    teacher = difference(labelled, ARMS[arm].teachers[0], "alone", findings) if ARMS[arm].method else None
     return Result(
         labelled,
         arm,
-        len(values[arm]),
-        over_seeds(list(values[arm].values()))["mean"],
-        *(alone or (None, None, None)),
-        closed,
-        to("soft, unlabelled, enet as teacher") if arm == "soft, unlabelled" else None,
-        float(np.mean(minutes)) if minutes else None,
+        len(found),
+        mean(f.val for f in found),
+        over_seeds([f.dice for f in found])["mean"],
+        alone,
+        alone[0] / teacher[0] if alone and teacher and teacher[0] > 0 else None,
+        mean(f.minutes for f in found),
     )
 
 
-def report(found: Sequence[Result], options: argparse.Namespace) -> None:
-    """results/distillation.{md,json,png}"""
-    teacher = ARMS["teacher"]
-    write_text(RESULTS / "distillation.json", json.dumps([asdict(item) for item in found], indent=1) + "\n")
+def difference(
+    labelled: int, arm: str, other: str, findings: Mapping[str, Finding]
+) -> tuple[float, float, float] | None:
+    """Points of Dice of an arm over another in the draws of both, with its interval."""
+    pairs = [
+        (findings[x], findings[y])
+        for draw in range(DRAWS)
+        if (x := Cell(labelled, draw, arm).name) in findings and (y := Cell(labelled, draw, other).name) in findings
+    ]
+    if not pairs or arm == other:
+        return None
+    found = difference_over_seeds([a.dice for a, _ in pairs], [b.dice for _, b in pairs], paired=True)
+    return tuple(100 * found[key] for key in ("mean", "low", "high"))
+
+
+def report(found: Sequence[Result], findings: Mapping[str, Finding], options: argparse.Namespace) -> None:
+    """results/distillation.{md,png}"""
     lines = [
         "# When distilling helps: hippocampus",
         "",
-        f"`python -m benchmarks.distillation`: {TEST} test cases; enet, {options.steps} steps of 16 slices.",
-        f"The teacher is a unet ×{teacher.width:g}, {teacher.steps} steps on the labelled cases. Differences are in",
-        "points of Dice to the student alone of the same draw, with 95% intervals over draws and cases. A draw is",
-        "its own labelled cases, teacher and seed.",
+        f"`python -m benchmarks.distillation`: {VAL} val and {TEST} test cases; enet, {options.steps} steps of 16",
+        "slices, if the arm does not say otherwise. Differences are in points of Dice to the student alone of the same",
+        "draw, with 95% intervals over draws and cases. A draw is its own labelled cases, teacher and seed. Val Dice",
+        "is that of the best epoch. Single findings: distillation.json.",
         "",
-        "| labelled | arm | draws | test Dice | to alone | gap closed | minutes |",
-        "|---|---|---|---|---|---|---|",
+        "| labelled | arm | draws | val Dice | test Dice | to alone | gap closed | minutes |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for item in found:
-        difference = "" if item.difference is None else f"{item.difference:+.2f} [{item.low:+.2f}, {item.high:+.2f}]"
         closed = "" if item.gap_closed is None else f"{item.gap_closed:.0%}"
-        minutes = "" if item.minutes is None else f"{item.minutes:.1f}"
         lines.append(
-            f"| {item.labelled} | {item.arm} | {item.draws} | {item.dice:.4f} | {difference} | {closed} | {minutes} |"
+            f"| {item.labelled} | {item.arm} | {item.draws} | {item.val:.4f} | {item.dice:.4f} "
+            f"| {points(item.difference)} | {closed} | {item.minutes:.1f} |"
         )
-    for item in found:
-        if item.control:
-            mean, low, high = item.control
-            lines += ["", f"{item.labelled} labelled: `{item.arm}` over the same with an enet as its teacher: "]
-            lines[-1] += f"{mean:+.2f} [{low:+.2f}, {high:+.2f}] points."
+    for number, (arm, other) in product(options.labelled, CONTRASTS):
+        if contrast := difference(number, arm, other, findings):
+            lines += ["", f"{number} labelled, `{arm}` over `{other}`: {points(contrast)}."]
     there = {(item.labelled, item.arm): item.draws for item in found}
     for number in options.labelled:
         missing = [
@@ -263,31 +264,33 @@ def report(found: Sequence[Result], options: argparse.Namespace) -> None:
             for arm in ARMS
             if there.get((number, arm), 0) < options.draws
         ]
-        lines += [
-            "",
-            f"Not run with {number} labelled, or not in all draws: " + ("; ".join(missing) or "nothing") + ".",
-        ]
-    lines.append("")
-    write_text(RESULTS / "distillation.md", "\n".join(lines))
+        if missing:
+            lines += ["", f"Not run with {number} labelled, or not in all draws: " + "; ".join(missing) + "."]
+    write_text(RESULTS / "distillation.md", "\n".join([*lines, ""]))
     draw_figure(found, RESULTS / "distillation.png")
+
+
+def points(difference: tuple[float, float, float] | None) -> str:
+    """A difference in points and its interval, for people."""
+    return "" if difference is None else "{:+.2f} [{:+.2f}, {:+.2f}]".format(*difference)
 
 
 def draw_figure(found: Sequence[Result], path: Path) -> None:
     """Differences to the student alone with their intervals, a panel for each regime."""
     from matplotlib.figure import Figure
 
-    regimes = sorted({item.labelled for item in found if item.difference is not None})
+    regimes = sorted({item.labelled for item in found if item.difference})
     if not regimes:
         return
-    shown = [[item for item in found if item.labelled == number and item.difference is not None] for number in regimes]
+    shown = [[item for item in found if item.labelled == number and item.difference] for number in regimes]
     figure = Figure(figsize=(8, 1 + 0.32 * sum(map(len, shown)) + 0.5 * len(shown)), dpi=120, layout="constrained")
-    ratios = [max(1, len(items)) for items in shown]
+    ratios = [len(items) for items in shown]
     panels = figure.subplots(len(regimes), 1, squeeze=False, sharex=True, height_ratios=ratios)[:, 0]
     for axis, number, items in zip(panels, regimes, shown, strict=True):
         for row, item in enumerate(items):
-            bars = [[item.difference - item.low], [item.high - item.difference]]
+            value, low, high = item.difference
             color = "#0072b2" if ARMS[item.arm].unlabelled else "#d55e00" if ARMS[item.arm].method else "#555555"
-            axis.errorbar(item.difference, row, xerr=bars, fmt="o", color=color, capsize=3)
+            axis.errorbar(value, row, xerr=[[value - low], [high - value]], fmt="o", color=color, capsize=3)
         axis.axvline(0, color="#999999", linewidth=1)
         axis.set_yticks(range(len(items)), [f"{item.arm} ({item.draws})" for item in items])
         axis.set_ylim(len(items) - 0.5, -0.5)
@@ -309,11 +312,12 @@ def main() -> None:
     if not options.report:
         begin(work)
         prepare(options.nifti, work, options.labelled, options.draws)
-        for number in options.labelled:
-            for draw in range(options.first, options.draws):
-                for arm in options.arms:
-                    run(Cell(number, draw, arm), work, options)
-    report(results(work, options.labelled, options.draws), options)
+        for number, draw, arm in product(options.labelled, range(options.first, options.draws), options.arms):
+            cell = Cell(number, draw, arm)
+            if cell.name not in collect(work, options.labelled):
+                compute(cell, work, options)
+    findings = collect(work, options.labelled)
+    report(results(findings, options.labelled), findings, options)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """Training jobs of a benchmark: through the project's own commands, each computed once."""
 
 import argparse
+import json
+import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ import numpy as np
 from data_tools.files import write_text
 from data_tools.store import open_store
 from spark_dist.evaluation.metrics import read_cases
+from spark_dist.training.journal import read_journal
 
 
 def arguments_of(doc: str) -> argparse.ArgumentParser:
@@ -68,3 +72,58 @@ def of_cases(network: Path, metric: str = "dice", part: str = "test") -> dict[st
     """A metric of every case, if the network is finished."""
     file = network / f"{part}_cases.json"
     return {name: metrics[metric] for name, metrics in read_cases(file).items()} if file.exists() else None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The results of one finished job of a grid, which outlive the job's folder."""
+
+    val: float
+    """The best mean Dice over the val cases while training, which chose the weights."""
+    minutes: float
+    dice: dict[str, float]
+    """Of each test case."""
+    hd95: dict[str, float]
+    """Of each test case, in mm."""
+
+
+def finding(folder: Path, network: Path) -> Finding | None:
+    """What a job found, if it is finished."""
+    if not (network / "test_cases.json").exists():
+        return None
+    metrics = [event.get("metrics", {}) for _, event in read_journal(network)]
+    val = max(each["val/dice"] for each in metrics if "val/dice" in each)
+    minutes = float((folder / "minutes.txt").read_text())
+    return Finding(val, minutes, of_cases(network), of_cases(network, "hd95"))
+
+
+def read_findings(file: Path) -> dict[str, Finding]:
+    """The findings of a grid by the names of its jobs, as `write_findings` left them."""
+    if not file.exists():
+        return {}
+    record = json.loads(file.read_text())
+
+    def by_case(values: Sequence[float | None]) -> dict[str, float]:
+        return {case: math.inf if v is None else v for case, v in zip(record["cases"], values, strict=True)}
+
+    return {
+        name: Finding(job["val"], job["minutes"], by_case(job["dice"]), by_case(job["hd95"]))
+        for name, job in record["jobs"].items()
+    }
+
+
+def write_findings(file: Path, findings: Mapping[str, Finding]) -> None:
+    """Keep a grid's findings, a job a line; all are of the same test cases."""
+    cases = sorted(next(iter(findings.values())).dice)
+
+    def values(by_case: Mapping[str, float], digits: int) -> list[float | None]:
+        return [round(by_case[case], digits) if math.isfinite(by_case[case]) else None for case in cases]
+
+    lines = [
+        f"{json.dumps(name)}: "
+        + json.dumps(
+            {"val": round(f.val, 5), "minutes": f.minutes, "dice": values(f.dice, 5), "hd95": values(f.hd95, 2)}
+        )
+        for name, f in sorted(findings.items())
+    ]
+    write_text(file, f'{{"cases": {json.dumps(cases)},\n"jobs": {{\n' + ",\n".join(lines) + "\n}}\n")

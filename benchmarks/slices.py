@@ -1,20 +1,21 @@
 """Which augmentation, which slices, how many steps: python -m benchmarks.slices Task04_Hippocampus WORK
 
 Hippocampus, 120 labelled cases, the student alone, three seeds: augmentation none, flips and full × slices labelled
-and all × as many steps as five epochs of the labelled slices have, and three times as many. Whatever is there is not
-computed again. Writes results/slices.md of what is finished; --report does only that.
+and all × as many steps as five epochs of the labelled slices have, and three times as many. What is finished is kept in
+results/slices.json, and is not computed again; results/slices.md is made of it, which is all that --report does.
 """
 
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.jobs import arguments_of, begin, hippocampus, of_cases, run_job
+from benchmarks.jobs import Finding, arguments_of, begin, finding, hippocampus, read_findings, run_job, write_findings
 from data_tools.files import write_text
 from spark_dist.evaluation.intervals import over_seeds
-from spark_dist.training.journal import read_journal
 
 RESULTS = Path(__file__).parent / "results"
+FINDINGS = RESULTS / "slices.json"
 STEPS = (1000, 3000)
 SLICES = ("labelled", "all")
 AUGMENT = {
@@ -25,34 +26,47 @@ AUGMENT = {
 SEEDS = (0, 1, 2)
 COMMON = {
     "task": "organ",
-    "crop": 64,
-    "crop-shift": "[0,0]",
+    "crop": 48,  # a square, for quarter turns, that holds the targets of 99% of the cases
+    "crop-shift": "[0,1]",
     "batch-size": 16,
     "lr": 3e-3,
     "network": "enet",
     "channels-last": "true",
-    "compile": "true",
+    "picture-every": 0,
     "experiment": "slices",
 }
 
 
-def cells() -> list[tuple[int, str, str, int]]:
-    """(steps, augmentation, slices, seed), the cheap ones first."""
+Job = tuple[int, str, str, int]
+"""Steps, augmentation, slices, seed."""
+
+
+def jobs() -> list[Job]:
+    """All jobs, the cheap ones first."""
     return [(s, a, k, seed) for s, seed, a, k in product(STEPS, SEEDS, AUGMENT, SLICES)]
 
 
-def folder(work: Path, steps: int, augment: str, slices: str, seed: int) -> Path:
-    return work / "runs" / f"{augment}-{slices}-{steps}" / f"seed{seed}"
+def name(steps: int, augment: str, slices: str, seed: int) -> str:
+    """A job's name among the findings."""
+    return f"augment {augment}, slices {slices}, {steps} steps, seed {seed}"
 
 
-def best_val(network: Path) -> float:
-    """The best mean Dice over the val cases while training, which is what chose the weights."""
-    return max(
-        metric["val/dice"] for _, event in read_journal(network) if "val/dice" in (metric := event.get("metrics", {}))
-    )
+def folder(work: Path, job: Job) -> Path:
+    return work / "runs" / name(*job).replace(", ", "-").replace(" ", "-")
 
 
-def report(work: Path) -> None:
+def collect(work: Path) -> dict[str, Finding]:
+    """The findings that are kept and those of finished jobs in `work`, which are kept from now on."""
+    findings = read_findings(FINDINGS)
+    for job in jobs():
+        if found := finding(folder(work, job), folder(work, job) / "network"):
+            findings[name(*job)] = found
+    if findings:
+        write_findings(FINDINGS, findings)
+    return findings
+
+
+def report(findings: Mapping[str, Finding]) -> None:
     """results/slices.md"""
     lines = [
         "# Augmentation, slices, steps: hippocampus, 120 labelled cases, enet alone",
@@ -64,37 +78,37 @@ def report(work: Path) -> None:
         "|---|---|---|---|---|---|---|---|",
     ]
     for steps, augment, slices in product(STEPS, AUGMENT, SLICES):
-        folders = [folder(work, steps, augment, slices, seed) for seed in SEEDS]
-        runs = [each for each in folders if (each / "network" / "test_cases.json").exists()]
+        runs = [found for seed in SEEDS if (found := findings.get(name(steps, augment, slices, seed)))]
         if not runs:
             lines.append(f"| {augment} | {slices} | {steps} | not run | | | | |")
             continue
-        dice = over_seeds([of_cases(run / "network") for run in runs])
-        far = over_seeds([of_cases(run / "network", "hd95") for run in runs])
-        val = mean(best_val(run / "network") for run in runs)
-        minutes = mean(float((run / "minutes.txt").read_text()) for run in runs)
+        val, minutes = mean(run.val for run in runs), mean(run.minutes for run in runs)
+        dice, far = (over_seeds(values) for values in zip(*((run.dice, run.hd95) for run in runs), strict=True))
         lines.append(
-            f"| {augment} | {slices} | {steps} | {len(runs)} | {val:.4f} | {dice['mean']:.4f} [{dice['low']:.3f}, "
-            f"{dice['high']:.3f}] | {far['mean']:.2f} | {minutes:.1f} |"
+            f"| {augment} | {slices} | {steps} | {len(runs)} | {val:.4f} | {dice['mean']:.4f} "
+            f"[{dice['low']:.3f}, {dice['high']:.3f}] | {far['mean']:.2f} | {minutes:.1f} |"
         )
     write_text(RESULTS / "slices.md", "\n".join([*lines, ""]))
 
 
 def main() -> None:
     parser = arguments_of(__doc__)
+    parser.add_argument("--steps", type=int, nargs="+", choices=STEPS, default=STEPS, help="steps (%(default)s)")
     options = parser.parse_args()
     work = options.work
     if not options.report:
         begin(work)
         store = hippocampus(options.nifti, work, "organ=1,tumour=2")
-        for steps, augment, slices, seed in cells():
+        for job in jobs():
+            steps, augment, slices, seed = job
+            if steps not in options.steps or name(*job) in collect(work):
+                continue
             given = (
                 COMMON | AUGMENT[augment] | {"slices": slices, "steps": steps, "val-steps": steps // 5, "seed": seed}
             )
             given |= {"dataset": store, "tracking-uri": f"sqlite:///{work}/mlflow.db"}
-            run = folder(work, steps, augment, slices, seed)
-            run_job("train", given, run, run / "network")
-    report(work)
+            run_job("train", given, folder(work, job), folder(work, job) / "network")
+    report(collect(work))
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
+from torch.compiler import set_stance
 
 from data_tools.errors import UserError
 from data_tools.files import write_text
@@ -39,6 +39,8 @@ def validation(job: Job) -> Validate:
     """A function from a network to its mean metrics over the val cases."""
     cases = job.store.split(job.options.split, "val")
 
+    # Compiled, a network would be compiled anew for planes of every other size, which takes longer than the evaluation.
+    @set_stance("force_eager")
     def validate(network: nn.Module) -> dict[str, float]:
         metrics = evaluate_cases(job.accelerator, network, job.store, cases, job.spec, tolerance=None)
         return {f"val/{key}": s["mean"] for key, s in summaries(metrics).items() if key.startswith("dice")}
@@ -51,8 +53,7 @@ def panel(job: Job) -> Callable[[nn.Module], np.ndarray]:
     called."""
     cases = job.store.split(job.options.split, "val")
     slices = cache(lambda: shown_slices(job.store, cases, job.spec))
-    # A copy is not compiled: with --compile, single slices would be compiled for once more.
-    return lambda network: draw_panel(deepcopy(network), slices(), job.spec)
+    return set_stance("force_eager")(lambda network: draw_panel(network, slices(), job.spec))
 
 
 def evaluate_on_test(
