@@ -4,6 +4,7 @@ import json
 import logging
 import warnings
 from contextlib import contextmanager, redirect_stdout
+from copy import deepcopy
 from io import StringIO
 from pathlib import Path
 
@@ -78,8 +79,9 @@ def export_onnx(path: Path, network: nn.Module, card: ModelCard) -> tuple[int, i
     """
     with needed():
         import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
-    network, failure = Logits(network.cpu().eval()), None
+    network, failure = Logits(with_leaky_relu(network.cpu().eval())), None
     bound = getattr(network.network, "bound_to", None)
     stride, batch = network.network.stride, torch.export.Dim("batch")
     rows, columns = (stride * torch.export.Dim(name, min=2, max=2**14 // stride) for name in ("rows", "columns"))
@@ -109,7 +111,18 @@ def export_onnx(path: Path, network: nn.Module, card: ModelCard) -> tuple[int, i
         write_atomically(path, lambda aside, program=program: program.save(aside))
         return plane
     reason = " ".join(str(failure.__cause__ or failure).split())[:160]
-    raise UserError(f"{path}: {card.network} can't be exported to ONNX ({reason}); use the .safetensors")
+    raise UserError(f"{card.network} can't be exported to ONNX ({reason}); use the .safetensors")
+
+
+def with_leaky_relu(network: nn.Module) -> nn.Module:
+    """A copy of a trained network whose PReLUs of one slope are leaky ReLUs: onnxruntime computes these within the
+    convolution before, and knows them in integers."""
+    network = deepcopy(network)
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.PReLU) and child.num_parameters == 1:
+                setattr(module, name, nn.LeakyReLU(child.weight.item()))
+    return network
 
 
 def metadata(card: ModelCard, stride: int, plane: tuple[int, int] | None) -> dict[str, str]:
