@@ -100,7 +100,7 @@ def some_slices(store: Store, split: str, part: str, card: ModelCard, count: int
     """Up to `count` slices of a part of a split, evenly among all, as the network sees them, (N, C, H, W)."""
     table = slice_table(store, split, part, card.spec.task, "all")
     dataset = SliceDataset(table, card.spec)
-    rows = np.unique(np.linspace(0, len(table) - 1, count).astype(int)) * dataset.views.count
+    rows = np.linspace(0, len(table) - 1, min(count, len(table))).astype(int) * dataset.views.count
     return to_device(dataset.__getitems__(rows), dataset, torch.device("cpu")).image
 
 

@@ -47,8 +47,6 @@ def quantise(source: Path, out: Path, slices: Tensor, kept: Collection[str] = ()
                 # Weights of 7 bits: products of 8 do not fit into the 16 in which processors without VNNI add two.
                 reduce_range=True,
                 nodes_to_exclude=left_out,
-                # Ranges are merged as batches come, so that memory does not grow with their number.
-                extra_options={"CalibMaxIntermediateOutputs": 1},
             )
     except Exception as error:  # whatever the quantiser meets in a network
         reason = " ".join(str(error).split())[:160]

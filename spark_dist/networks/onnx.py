@@ -107,6 +107,8 @@ def export_onnx(path: Path, network: nn.Module, card: ModelCard) -> tuple[int, i
         except Exception as error:  # whatever the exporter meets in a network
             failure = failure or error
             continue
+        for node in program.model.graph:
+            node.metadata_props.clear()  # Where in the source it comes from, which is larger than many a network.
         program.model.metadata_props.update(metadata(card, stride, plane))
         write_atomically(path, lambda aside, program=program: program.save(aside))
         return plane

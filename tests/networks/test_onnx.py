@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from conftest import ROOT, model_card
+from torch import nn
 
 from data_tools.errors import UserError
 from spark_dist.data.views import Crop, SliceSpec
@@ -29,7 +30,8 @@ def settled(name):
         network.set_support(slices, (slices > 0).float())
     with torch.no_grad():
         for module in network.modules():
-            module.momentum = None  # The mean over all batches.
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = None  # The mean over all batches, of which there is one.
         network.train()(slices)
     return network.eval(), slices
 
