@@ -45,8 +45,8 @@ class ExportOptions(Options):
     split: str = "default"
     """Name of the split in the store."""
     int8: bool = False
-    """Quantise weights and activations to 8 bits: a quarter of the size, faster where the processor is, and a Dice that
-    is measured on the val cases beside the float network's."""
+    """Quantise weights and activations to 8 bits: half the size or less, faster where the processor is made for it; its
+    Dice on the val cases is printed beside the float network's."""
     calibration_slices: Count = 128
     """Training slices that show int8 the range of each activation."""
 

@@ -22,8 +22,8 @@ ROWS: dict[str, tuple[str, str]] = {}
 
 
 def settled(name):
-    """A small network whose running statistics are those of what it is shown, so that its logits are not tiny, and
-    slices for it."""
+    """A small network whose running statistics are half way to those of what it is shown, so that its logits are
+    neither tiny nor, where a channel hardly varies, a matter of rounding; and slices for it."""
     torch.manual_seed(0)
     network, slices = build_network(name, width=0.1), torch.rand(4, 1, *CROP) * 2 - 1
     if hasattr(network, "set_support"):
@@ -31,7 +31,7 @@ def settled(name):
     with torch.no_grad():
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.momentum = None  # The mean over all batches, of which there is one.
+                module.momentum = 0.5
         network.train()(slices)
     return network.eval(), slices
 
