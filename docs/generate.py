@@ -68,6 +68,7 @@ def networks_table() -> str:
         "One 384×384 slice at width 1; a multiply-add counts 2 (universeg: with 8 examples). A feature map is given as",
         "channels×height×width; the crop's sides must be multiples of the stride. Each network compiles with",
         "`torch.compile(network, fullgraph=True)`, as tests check. `spark-dist profile` measures memory and latency.",
+        "Which ones become ONNX files, and with which differences: [export.md](export.md).",
         "",
         "| network | parameters | GFLOPs | low | high | stride |",
         "|---|---|---|---|---|---|",

@@ -22,6 +22,7 @@ from data_tools.progress import console, progress_bar
 from data_tools.scans import find_scans, mark_of, read_scan, write_prediction
 from data_tools.volumes import sha256
 from spark_dist.evaluation.prediction import Predictor, load_student
+from spark_dist.networks.checkpoint import is_checkpoint
 from spark_dist.training.distributed import make_accelerator, shut_down
 
 from .options import Natural, Options, Probability
@@ -101,11 +102,6 @@ def run(options: PredictOptions) -> None:
     shut_down(accelerator)
     if failed:
         raise UserError(f"{failed} of {len(done)} scans failed; mend them, and run the same command again")
-
-
-def is_checkpoint(item: str) -> bool:
-    """Whether an argument names a trained network rather than scans."""
-    return item.lower().endswith((".safetensors", ".onnx"))
 
 
 @dataclass(frozen=True)

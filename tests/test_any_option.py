@@ -107,7 +107,7 @@ def stops_where_the_work_begins(folder, monkeypatch):
     monkeypatch.setattr(cache, "make_accelerator", begin)
     monkeypatch.setattr(crossval, "start", begin)
     monkeypatch.setattr(export, "export_onnx", lambda path, *_: write_text(path, "all is checked") or begin())
-    monkeypatch.setattr(profile, "measure", lambda model, *_: Cost(model.network, 1, 1.0, 1.0, 1.0))
+    monkeypatch.setattr(profile, "measure", lambda networks, *_: [Cost(name, 1, 1.0, 1.0, 1.0) for name in networks])
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.chdir(folder)
 

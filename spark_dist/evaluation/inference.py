@@ -74,9 +74,11 @@ def class_probabilities(
             batch = network_input(image, part, window, crop, device)
             logits = in_windows(network, batch, bound) if bound not in (None, crop.size) else network(batch).logits
             found = logits.float().softmax(dim=1).cpu().numpy()
-            result = np.zeros((*found.shape[:2], *plane), np.float32)
-            result[:, 0] = 1
-            result[:, :, *inside] = found[:, :, *placed]
+            result = found[:, :, *placed]
+            if result.shape[2:] != plane:
+                result = np.zeros((*found.shape[:2], *plane), np.float32)
+                result[:, 0] = 1
+                result[:, :, *inside] = found[:, :, *placed]
             yield start, result
     finally:
         network.train(was_training)

@@ -76,6 +76,11 @@ def card_json(card: ModelCard) -> str:
     return _CARDS.dump_json(card).decode()
 
 
+def is_checkpoint(item: str) -> bool:
+    """Whether an argument names a trained network in a file."""
+    return item.lower().endswith((".safetensors", ".onnx"))
+
+
 def load_network(path: Path) -> tuple[nn.Module, ModelCard]:
     """A saved network and its card, from a .safetensors or an .onnx file; the latter's has no feature maps.
 

@@ -1,11 +1,12 @@
 """The cost of networks: parameters, operations, memory and time."""
 
+import math
 import statistics
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from data_tools.errors import UserError
-
 from . import build_network
+from .onnx import OnnxNetwork
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,9 @@ class Cost:
     gflops: float
     """A multiply-add counts 2."""
     activations_mib: float
-    """The largest sum of what layers have computed and still need."""
+    """The largest sum of what layers have computed and still need; NaN where it is not PyTorch that computes."""
     latency_ms: float
     """Median over forward passes of one slice."""
-
-
-def check_fits(name: str, width: float, crop: int) -> None:
-    """Raises `UserError` for a network that there is not, or a crop that does not fit it."""
-    with torch.device("meta"):
-        network = build_network(name, width=width)
-    if crop % network.stride:
-        raise UserError(f"--crop {crop} must be a multiple of {network.stride} for {name}")
 
 
 @dataclass(frozen=True)
@@ -57,20 +49,38 @@ class Model:
 
 
 @torch.no_grad()
-def measure(model: Model, crop: int, device: torch.device, repeats: int) -> Cost:
-    """Measure one network on a slice of `crop`×`crop` pixels."""
-    check_fits(model.network, model.width, crop)
-    network = model.build().to(device).eval()
-    image = example(network, (crop, crop), model.in_channels)
-    with LiveMemory() as memory:
-        network(image)
-    return Cost(
-        network=model.network,
-        parameters=sum(p.numel() for p in network.parameters()),
-        gflops=gflops(network, image),
-        activations_mib=memory.peak / 2**20,
-        latency_ms=1000 * statistics.median(timed(lambda: network(image), device) for _ in range(repeats)),
-    )
+def measure(
+    networks: Mapping[str, tuple[nn.Module, Model]], crop: int, device: torch.device, repeats: int
+) -> list[Cost]:
+    """Measure networks by name on a slice of `crop`×`crop` pixels. Their forward passes take turns, so that what else
+    the machine does falls on all alike; a first turn does not count."""
+    work, seconds, costs = {}, {name: [] for name in networks}, []
+    for name, (network, model) in networks.items():
+        network.to(device).eval()
+        image = example(network, (crop, crop), model.in_channels)
+        work[name] = partial(network, image)
+    for turn in range(1 + repeats):
+        for name, forward in work.items():
+            seconds[name] += [timed(forward, device)] * (turn > 0)
+    for name, (network, model) in networks.items():
+        with LiveMemory() as memory:
+            work[name]()
+        costs.append(
+            Cost(
+                network=name,
+                parameters=parameters_of(model),
+                gflops=gflops_of(model, (crop, crop)),
+                activations_mib=math.nan if isinstance(network, OnnxNetwork) else memory.peak / 2**20,
+                latency_ms=1000 * statistics.median(seconds[name]),
+            )
+        )
+    return costs
+
+
+def parameters_of(model: Model) -> int:
+    """The number of a network's parameters."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in model.build().parameters())
 
 
 @cache
@@ -90,9 +100,9 @@ def gflops(network: nn.Module, image: Tensor) -> float:
 
 
 def example(network: nn.Module, size: tuple[int, int], channels: int = 1) -> Tensor:
-    """A slice (1, channels, H, W) of noise where the network is, which gets 8 examples if it is shown any."""
+    """A slice (1, channels, H, W) of noise where the network is, which gets 8 examples if it wants any and has none."""
     image = torch.randn(1, channels, *size, device=next(network.parameters()).device)
-    if hasattr(network, "set_support"):
+    if hasattr(network, "set_support") and not len(network.support_images):
         network.set_support(image.expand(8, -1, -1, -1), (image[:, :1] > 0).float().expand(8, -1, -1, -1))
     return image
 

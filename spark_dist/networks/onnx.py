@@ -3,7 +3,9 @@
 import json
 import logging
 import warnings
+from collections.abc import Sequence
 from contextlib import contextmanager, redirect_stdout
+from copy import deepcopy
 from io import StringIO
 from pathlib import Path
 
@@ -49,7 +51,7 @@ class OnnxNetwork(nn.Module):
             raise UserError(f"{path}: no such file; make it with spark-dist export")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # What goes wrong is raised.
         try:
             self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime has a dozen, without a common base
@@ -78,10 +80,11 @@ def export_onnx(path: Path, network: nn.Module, card: ModelCard) -> tuple[int, i
     """
     with needed():
         import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
-    network, failure = Logits(network.cpu().eval()), None
-    bound = getattr(network.network, "bound_to", None)
-    stride, batch = network.network.stride, torch.export.Dim("batch")
+    logits, failure = Logits(with_leaky_relu(network.cpu().eval())), None
+    bound = getattr(network, "bound_to", None)
+    stride, batch = network.stride, torch.export.Dim("batch")
     rows, columns = (stride * torch.export.Dim(name, min=2, max=2**14 // stride) for name in ("rows", "columns"))
     for plane in (None, bound or card.spec.crop.size):
         if bound and plane is None:
@@ -93,7 +96,7 @@ def export_onnx(path: Path, network: nn.Module, card: ModelCard) -> tuple[int, i
         try:
             with quiet():
                 program = torch.onnx.export(
-                    network,
+                    logits,
                     (example,),
                     dynamo=True,
                     dynamic_shapes={"slices": shape},
@@ -105,11 +108,27 @@ def export_onnx(path: Path, network: nn.Module, card: ModelCard) -> tuple[int, i
         except Exception as error:  # whatever the exporter meets in a network
             failure = failure or error
             continue
+        for node in program.model.graph:
+            node.metadata_props.clear()  # Where in the source it comes from, which is larger than many a network.
         program.model.metadata_props.update(metadata(card, stride, plane))
         write_atomically(path, lambda aside, program=program: program.save(aside))
-        return plane
+        # Some networks export without an error, and then fail with any size but the example's.
+        if plane or computes_alike(network, OnnxNetwork(path), [side + 2 * stride for side in size]):
+            return plane
+        path.unlink()
     reason = " ".join(str(failure.__cause__ or failure).split())[:160]
-    raise UserError(f"{path}: {card.network} can't be exported to ONNX ({reason}); use the .safetensors")
+    raise UserError(f"{card.network} can't be exported to ONNX ({reason}); use the .safetensors")
+
+
+def with_leaky_relu(network: nn.Module) -> nn.Module:
+    """A copy of a trained network whose PReLUs of one slope are leaky ReLUs: onnxruntime computes these within the
+    convolution before, and knows them in integers."""
+    network = deepcopy(network)
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.PReLU) and child.num_parameters == 1:
+                setattr(module, name, nn.LeakyReLU(child.weight.item()))
+    return network
 
 
 def metadata(card: ModelCard, stride: int, plane: tuple[int, int] | None) -> dict[str, str]:
@@ -131,6 +150,15 @@ def difference(network: nn.Module, other: nn.Module, slices: Tensor) -> float:
     """The largest difference of the logits of two networks, on slices (N, C, H, W)."""
     with torch.no_grad():
         return float((network.eval()(slices).logits - other(slices).logits).abs().max())
+
+
+def computes_alike(network: nn.Module, other: nn.Module, size: Sequence[int]) -> bool:
+    """Whether an exported network has the logits of the network on a slice (H, W) of noise."""
+    try:
+        found = difference(network, other, torch.rand(1, other.card.in_channels, *size) * 2 - 1)
+    except Exception:  # onnxruntime has a dozen, without a common base
+        return False
+    return found < LARGEST_DIFFERENCE
 
 
 @contextmanager

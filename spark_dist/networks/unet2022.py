@@ -97,7 +97,7 @@ class Residual(nn.Module):
         self.drop = drop
 
     def forward(self, x: Tensor) -> Tensor:
-        keep = F.dropout(x.new_ones(len(x), 1, 1, 1), self.drop, self.training)
+        keep = F.dropout(x.new_ones(x.shape[0], 1, 1, 1), self.drop, self.training)
         return x + keep * self.block(x)
 
 

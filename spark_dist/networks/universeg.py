@@ -70,7 +70,8 @@ class UniverSeg(nn.Module):
             raise UserError("universeg's support set has slices of {}, not {}; use that crop".format(*sizes))
         classes = torch.arange(self.classes, device=x.device).view(-1, 1, 1)
         support = torch.cat([self.support_images.to(x.dtype), (self.support_labels == classes).to(x.dtype)], dim=1)
-        return support.expand(len(x), -1, -1, -1, -1)
+        # Not len(x), which is a constant in an exported network.
+        return support.expand(x.shape[0], -1, -1, -1, -1)
 
     def forward(self, x: Tensor) -> NetworkOutput:
         check_size("universeg", x, self.stride)

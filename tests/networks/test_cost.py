@@ -30,7 +30,8 @@ def test_classes_and_neighbours_cost_operations_of_their_own(name):
 
 
 def test_a_measurement_says_what_a_slice_costs():
-    cost = measure(Model("enet", 0.5), 64, torch.device("cpu"), repeats=2)
+    model = Model("enet", 0.5)
+    (cost,) = measure({"enet": (model.build(), model)}, 64, torch.device("cpu"), repeats=2)
     assert cost.parameters == sum(p.numel() for p in build_network("enet", width=0.5).parameters())
     assert cost.gflops == pytest.approx(gflops_of(Model("enet", 0.5), (64, 64)))
     assert cost.latency_ms > 0
