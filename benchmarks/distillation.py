@@ -47,25 +47,48 @@ class Arm:
     width: float = 1.0
     all_labels: bool = False
     """With the labels of all training cases."""
+    seed: int = 0
+    """What is added to the draw's seed."""
     options: Mapping[str, object] = field(default_factory=dict)
     """Options that differ from the common ones."""
 
 
-TEACHER = {"network": "unet", "width": 0.25}
+TEACHER = {"network": "unet", "width": 0.25, "options": {"steps": 2000}}
+LONG = {"steps": 6000, "val-steps": 1000}
 ARMS = {
-    "teacher": Arm(**TEACHER, options={"steps": 2000, "channels-last": "true"}),
+    "teacher": Arm(**TEACHER),
     "alone": Arm(),
     "soft, unlabelled": Arm("soft", 0.5),
+    "soft, unlabelled, enet as teacher": Arm("soft", 0.5, ("alone",)),
+    "spark, unlabelled": Arm("spark", 0.5),
+    "alone, 6000 steps": Arm(options=LONG),
+    "soft, unlabelled, 6000 steps": Arm("soft", 0.5, options=LONG),
+    "second teacher": Arm(**TEACHER, seed=100),
+    "third teacher": Arm(**TEACHER, seed=200),
+    "soft, unlabelled, three teachers": Arm("soft", 0.5, ("teacher", "second teacher", "third teacher")),
+    "kd, unlabelled": Arm("kd", 0.5),
+    "soft": Arm("soft"),
+    "spark": Arm("spark"),
+    "kd": Arm("kd"),
+    "cwd, unlabelled": Arm("cwd", 0.5),
+    "dist, unlabelled": Arm("dist", 0.5),
+    "at, unlabelled": Arm("at", 0.5),
+    "emkd, unlabelled": Arm("emkd", 0.5),
+    "all labels": Arm(all_labels=True),
 }
 """The arms, in the order in which they are run."""
 
-CONTRASTS = [("soft, unlabelled", "soft, unlabelled, enet as teacher")]
+CONTRASTS = [
+    ("soft, unlabelled", "soft, unlabelled, enet as teacher"),
+    ("spark, unlabelled", "soft, unlabelled"),
+    ("soft, unlabelled, 6000 steps", "alone, 6000 steps"),
+]
 """Pairs of arms whose difference is reported besides those to the student alone."""
 
 COMMON = {
     "task": "organ",
-    "crop": "[48,32]",  # holds the targets of 99% of the cases
-    "crop-shift": "[0,1]",
+    "crop": "[64,48]",
+    "crop-shift": "[0,0]",
     "slices": "all",
     "augment": "full",
     "mirror": "false",
@@ -73,6 +96,7 @@ COMMON = {
     "batch-size": 16,
     "lr": 3e-3,
     "val-steps": 500,
+    "channels-last": "true",
     "picture-every": 0,
     "experiment": "distillation",
 }
@@ -103,7 +127,8 @@ class Cell:
         return "all" if ARMS[self.arm].all_labels else f"labelled{self.labelled}-draw{self.draw}"
 
     def folder(self, work: Path) -> Path:
-        return work / "runs" / self.split / self.arm.replace(", ", "-").replace(" ", "-")
+        regime = f"all-draw{self.draw}" if ARMS[self.arm].all_labels else self.split
+        return work / "runs" / regime / self.arm.replace(", ", "-").replace(" ", "-")
 
     def network(self, work: Path) -> Path:
         """The folder of the network that this cell is about."""
@@ -137,7 +162,7 @@ def arguments(cell: Cell, work: Path, options: argparse.Namespace) -> tuple[str,
     given = COMMON | {
         "dataset": work / "hippocampus.zarr",
         "split": cell.split,
-        "seed": cell.draw,
+        "seed": cell.draw + arm.seed,
         "tracking-uri": f"sqlite:///{work}/mlflow.db",
         "steps": options.steps,
         "compile": str(options.compile).lower(),

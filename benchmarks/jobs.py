@@ -65,7 +65,9 @@ def run_job(command: str, options: Mapping, folder: Path, network: Path) -> None
 
 
 def as_options(given: Mapping) -> list[str]:
-    return [text for key, value in given.items() for text in (f"--{key}", str(value))]
+    """Options as a command takes them; a list is several values of one."""
+    values = {key: value if isinstance(value, list) else [value] for key, value in given.items()}
+    return [text for key, value in values.items() for text in (f"--{key}", *map(str, value))]
 
 
 def of_cases(network: Path, metric: str = "dice", part: str = "test") -> dict[str, float] | None:

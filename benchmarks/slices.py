@@ -26,8 +26,8 @@ AUGMENT = {
 SEEDS = (0, 1, 2)
 COMMON = {
     "task": "organ",
-    "crop": 48,  # a square, for quarter turns, that holds the targets of 99% of the cases
-    "crop-shift": "[0,1]",
+    "crop": 64,
+    "crop-shift": "[0,0]",
     "batch-size": 16,
     "lr": 3e-3,
     "network": "enet",
