@@ -90,7 +90,7 @@ class Finding:
 
 
 def finding(folder: Path, network: Path) -> Finding | None:
-    """What a job found, if it is finished."""
+    """The results of a job, if it is finished."""
     if not (network / "test_cases.json").exists():
         return None
     metrics = [event.get("metrics", {}) for _, event in read_journal(network)]

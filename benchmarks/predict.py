@@ -43,7 +43,7 @@ def volume(side: int, slices: int) -> np.ndarray:
 
 
 def contestants(network: torch.nn.Module, card: ModelCard, voxels: np.ndarray) -> dict[str, Callable[[], object]]:
-    """What is measured, by name. The first two return the label map (Z, H, W)."""
+    """The functions that are measured, by name. The first two return the label map (Z, H, W)."""
     scan = scan_of(voxels, np.diag([-1.0, -1.0, 1.0, 1.0]), card.preparation)
     predictor = Predictor(network, card)
     window = ScaleIntensityRange(*WINDOW, -1, 1, clip=True)

@@ -126,7 +126,7 @@ REMOVES = {
     "data_tools/location.py remove": "its callers ask",
     "spark_dist/data/cache.py flush": "made by it",
     "spark_dist/teacher/trial.py try_cache": "made by it",
-    "spark_dist/export.py run": "made by it",
+    "spark_dist/networks/onnx.py export_onnx": "made by it",
     "spark_dist/training/checkpoint.py save_state": "a job's folder, names of saved states",
     "spark_dist/training/checkpoint.py newest_state": "a job's folder, names of saved states",
     "spark_dist/training/pictures.py write_picture": "a job's folder, names of a series' pictures",

@@ -62,7 +62,7 @@ class Run:
 
     @property
     def subject(self) -> tuple:
-        """What was trained on what, and by which method."""
+        """Network, data and method."""
         return *self.setting, self.role, self.network, self.width, self.method, self.teacher
 
     @property
@@ -132,7 +132,7 @@ class Row:
 
     @property
     def title(self) -> str:
-        """What it is called in tables and figures, with the options that tell it from others."""
+        """Name in tables and figures, with the options that tell it from others."""
         if self.role == "teacher":
             name = "teacher"
         elif self.method == "none":

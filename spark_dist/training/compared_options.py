@@ -10,7 +10,7 @@ from spark_dist.evaluation.comparison import Choices
 from .folder import MAY_DIFFER, plain
 
 NOT_COMPARED = {*MAY_DIFFER, "dataset", "task", "split", "seed", "network", "width", "method", "weights", "teacher"}
-NOT_COMPARED |= {"teacher_checkpoint", "experiment", "sweep", "channels_last", "compile"}
+NOT_COMPARED |= {"teacher_checkpoint", "teacher_width", "experiment", "sweep", "channels_last", "compile"}
 """Options that runs are known by in other ways, that name them or their files, or that results depend on by rounding
 alone."""
 
