@@ -110,7 +110,8 @@ def distil(jobs, tiny_store, tmp_path_factory):
         assert set(codes) == {code}, log
         return folder / name / "job" / "student"
 
-    return run
+    yield run
+    shutil.rmtree(tiny_store / "splits" / "few")  # all tests share the store
 
 
 def last_state(stage):
