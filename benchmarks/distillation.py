@@ -20,7 +20,7 @@ from statistics import mean
 
 import numpy as np
 
-from benchmarks.jobs import Finding, arguments_of, begin, finding, read_findings, run_job, write_findings
+from benchmarks.jobs import Finding, arguments_of, begin, collect, run_job
 from data_tools.files import write_text
 from data_tools.split import deal
 from data_tools.store import open_store
@@ -184,16 +184,10 @@ def arguments(cell: Cell, work: Path, options: argparse.Namespace) -> tuple[str,
     return "distill", given | arm.options
 
 
-def collect(work: Path, labelled: Sequence[int]) -> dict[str, Finding]:
-    """The findings that are kept and those of finished jobs in `work`, which are kept from now on."""
-    findings = read_findings(FINDINGS)
-    for number, draw, arm in product(labelled, range(DRAWS), ARMS):
-        cell = Cell(number, draw, arm)
-        if found := finding(cell.folder(work), cell.network(work)):
-            findings[cell.name] = found
-    if findings:
-        write_findings(FINDINGS, findings)
-    return findings
+def findings_of(work: Path, labelled: Sequence[int]) -> dict[str, Finding]:
+    """All findings so far, by the names of their cells."""
+    cells = (Cell(number, draw, arm) for number, draw, arm in product(labelled, range(DRAWS), ARMS))
+    return collect(FINDINGS, ((cell.name, cell.folder(work), cell.network(work)) for cell in cells))
 
 
 def compute(cell: Cell, work: Path, options: argparse.Namespace) -> None:
@@ -339,9 +333,9 @@ def main() -> None:
         prepare(options.nifti, work, options.labelled, options.draws)
         for number, draw, arm in product(options.labelled, range(options.first, options.draws), options.arms):
             cell = Cell(number, draw, arm)
-            if cell.name not in collect(work, options.labelled):
+            if cell.name not in findings_of(work, options.labelled):
                 compute(cell, work, options)
-    findings = collect(work, options.labelled)
+    findings = findings_of(work, options.labelled)
     report(results(findings, options.labelled), findings, options)
 
 

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +97,15 @@ def finding(folder: Path, network: Path) -> Finding | None:
     val = max(each["val/dice"] for each in metrics if "val/dice" in each)
     minutes = float((folder / "minutes.txt").read_text())
     return Finding(val, minutes, of_cases(network), of_cases(network, "hd95"))
+
+
+def collect(file: Path, jobs: Iterable[tuple[str, Path, Path]]) -> dict[str, Finding]:
+    """The findings that a file keeps and those of finished jobs (name, folder, its network's), kept from now on."""
+    new = {name: found for name, folder, network in jobs if (found := finding(folder, network))}
+    findings = read_findings(file) | new
+    if new:
+        write_findings(file, findings)
+    return findings
 
 
 def read_findings(file: Path) -> dict[str, Finding]:

@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.jobs import Finding, arguments_of, begin, finding, hippocampus, read_findings, run_job, write_findings
+from benchmarks.jobs import Finding, arguments_of, begin, collect, hippocampus, run_job
 from data_tools.files import write_text
 from spark_dist.evaluation.intervals import over_seeds
 
@@ -55,15 +55,9 @@ def folder(work: Path, job: Job) -> Path:
     return work / "runs" / name(*job).replace(", ", "-").replace(" ", "-")
 
 
-def collect(work: Path) -> dict[str, Finding]:
-    """The findings that are kept and those of finished jobs in `work`, which are kept from now on."""
-    findings = read_findings(FINDINGS)
-    for job in jobs():
-        if found := finding(folder(work, job), folder(work, job) / "network"):
-            findings[name(*job)] = found
-    if findings:
-        write_findings(FINDINGS, findings)
-    return findings
+def findings_of(work: Path) -> dict[str, Finding]:
+    """All findings so far, by the names of their jobs."""
+    return collect(FINDINGS, ((name(*job), folder(work, job), folder(work, job) / "network") for job in jobs()))
 
 
 def report(findings: Mapping[str, Finding]) -> None:
@@ -101,14 +95,14 @@ def main() -> None:
         store = hippocampus(options.nifti, work, "organ=1,tumour=2")
         for job in jobs():
             steps, augment, slices, seed = job
-            if steps not in options.steps or name(*job) in collect(work):
+            if steps not in options.steps or name(*job) in findings_of(work):
                 continue
             given = (
                 COMMON | AUGMENT[augment] | {"slices": slices, "steps": steps, "val-steps": steps // 5, "seed": seed}
             )
             given |= {"dataset": store, "tracking-uri": f"sqlite:///{work}/mlflow.db"}
             run_job("train", given, folder(work, job), folder(work, job) / "network")
-    report(collect(work))
+    report(findings_of(work))
 
 
 if __name__ == "__main__":
