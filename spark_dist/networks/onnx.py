@@ -87,7 +87,7 @@ def export_onnx(path: Path, network: nn.Module, card: ModelCard) -> tuple[int, i
     stride, batch = network.stride, torch.export.Dim("batch")
     rows, columns = (stride * torch.export.Dim(name, min=2, max=2**14 // stride) for name in ("rows", "columns"))
     for plane in (None, bound or card.spec.crop.size):
-        if bound and plane is None:
+        if plane is None and (bound or getattr(network, "branches_on_size", False)):
             continue
         # A feature map of one pixel would be taken for one of that size for ever.
         size = plane or [max(side, 2 * stride) for side in card.spec.crop.size]
@@ -113,7 +113,8 @@ def export_onnx(path: Path, network: nn.Module, card: ModelCard) -> tuple[int, i
         program.model.metadata_props.update(metadata(card, stride, plane))
         write_atomically(path, lambda aside, program=program: program.save(aside))
         # Some networks export without an error, and then fail with any size but the example's.
-        if plane or computes_alike(network, OnnxNetwork(path), [side + 2 * stride for side in size]):
+        other = [size[0] + 2 * stride, size[1] + 3 * stride]
+        if plane or computes_alike(network, OnnxNetwork(path), other):
             return plane
         path.unlink()
     reason = " ".join(str(failure.__cause__ or failure).split())[:160]
@@ -153,9 +154,9 @@ def difference(network: nn.Module, other: nn.Module, slices: Tensor) -> float:
 
 
 def computes_alike(network: nn.Module, other: nn.Module, size: Sequence[int]) -> bool:
-    """Whether an exported network has the logits of the network on a slice (H, W) of noise."""
+    """Whether an exported network has the logits of the network on three slices (H, W) of noise."""
     try:
-        found = difference(network, other, torch.rand(1, other.card.in_channels, *size) * 2 - 1)
+        found = difference(network, other, torch.rand(3, other.card.in_channels, *size) * 2 - 1)
     except Exception:  # onnxruntime has a dozen, without a common base
         return False
     return found < LARGEST_DIFFERENCE

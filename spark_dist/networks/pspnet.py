@@ -15,6 +15,8 @@ class PSPNet(nn.Module):
     """
 
     stride = 8
+    branches_on_size = True
+    """Adaptive pooling's bins depend on the size, so that an exported graph is of one."""
 
     def __init__(self, in_channels: int = 1, classes: int = 2, width: float = 1.0):
         super().__init__()

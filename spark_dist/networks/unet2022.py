@@ -26,6 +26,8 @@ class UNet2022(nn.Module):
     """
 
     stride = 32
+    branches_on_size = True
+    """Which windows shrink and which are shifted depends on the size of a map, so that an exported graph is of one."""
 
     def __init__(self, in_channels: int = 1, classes: int = 2, width: float = 1.0):
         super().__init__()
