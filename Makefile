@@ -3,13 +3,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart test test-thorough lint bench clean
 
 quickstart: $(INSTALLED)  ## the main job on synthetic CT, in a few minutes on two CPU cores
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/quickstart.sh
 
 test: $(INSTALLED)  ## all tests, in two processes; those of a file in the same one
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-thorough: $(INSTALLED)  ## as test, with what is left out there: more networks, more faults
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile --thorough
 
 lint: $(INSTALLED)  ## ruff and the rooms' contract, as CI runs them
 	$(BIN)/ruff check .

@@ -60,7 +60,7 @@ ARMS = {
     "alone": Arm(),
     "soft, unlabelled": Arm("soft", 0.5),
     "soft, unlabelled, enet as teacher": Arm("soft", 0.5, ("alone",)),
-    "soft, unlabelled, share 7/8": Arm("soft", 0.875),
+    "soft, unlabelled, share 0.875": Arm("soft", 0.875),
     "soft, unlabelled, 6000 steps of 8": Arm("soft", 0.5, options=LONG | {"batch-size": 8}),
     "alone, 6000 steps of 8": Arm(options=LONG | {"batch-size": 8}),
     "spark, unlabelled": Arm("spark", 0.5),

@@ -2,7 +2,8 @@
 
 Hippocampus, 120 labelled cases, the student alone, three seeds: augmentation none, flips and full × slices labelled
 and all × as many steps as five epochs of the labelled slices have, and three times as many. What is finished is kept in
-results/slices.json, and is not computed again; results/slices.md is made of it, which is all that --report does.
+results/slices.json, and is not computed again; results/slices.md is made of it, which is all that --report does. With
+--part 1/2 and --part 2/2 two may work in WORK side by side.
 """
 
 from collections.abc import Mapping
@@ -88,12 +89,14 @@ def report(findings: Mapping[str, Finding]) -> None:
 def main() -> None:
     parser = arguments_of(__doc__)
     parser.add_argument("--steps", type=int, nargs="+", choices=STEPS, default=STEPS, help="steps (%(default)s)")
+    parser.add_argument("--part", default="1/1", metavar="K/N", help="every Nth job, from the Kth (%(default)s)")
     options = parser.parse_args()
     work = options.work
     if not options.report:
         begin(work)
         store = hippocampus(options.nifti, work, "organ=1,tumour=2")
-        for job in jobs():
+        part, parts = map(int, options.part.split("/"))
+        for job in jobs()[part - 1 :: parts]:
             steps, augment, slices, seed = job
             if steps not in options.steps or name(*job) in findings_of(work):
                 continue

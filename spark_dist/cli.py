@@ -3,12 +3,13 @@
 Nothing here imports what takes long, so that Ctrl-C is understood from the start.
 """
 
+import ctypes
 import io
 import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 
 from data_tools.errors import Interrupted, UserError, unknown_name
@@ -36,6 +37,8 @@ REQUEUE = 75
 """Exit code of a job that was told to stop, saved its state and wants to be started again (EX_TEMPFAIL)."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Options of glibc's mallopt, from malloc.h."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,6 +60,7 @@ def command(module: str, argv: Sequence[str] | None = None, program: str | None 
     argv = list(sys.argv[1:] if argv is None else argv)
     print_anything()
     end_with_launcher()
+    keep_freed_memory()
     try:
         # The modules import torch, which takes seconds: only the one that is needed is loaded.
         with ended_by_interrupt():
@@ -89,6 +93,19 @@ def command(module: str, argv: Sequence[str] | None = None, program: str | None 
     except KeyboardInterrupt:
         say_error("interrupted")
         return INTERRUPTED
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what large tensors leave for the next ones. By default it gives it back to the system, whose
+    pages then come anew one by one: half of the time that a network takes on a slice of 512×512 on two CPU cores.
+
+    What is 1 GiB or larger is given back nevertheless. Whoever sets MALLOC_TRIM_THRESHOLD_ knows better.
+    """
+    if "MALLOC_TRIM_THRESHOLD_" not in os.environ:
+        with suppress(AttributeError, OSError, TypeError):  # not glibc
+            set_option = ctypes.CDLL(None).mallopt
+            set_option(M_TRIM_THRESHOLD, 2**31 - 1)
+            set_option(M_MMAP_THRESHOLD, 2**30)
 
 
 @contextmanager

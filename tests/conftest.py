@@ -28,9 +28,23 @@ SHARED = Path(os.environ.get("SPARK_DIST_SHARED", ROOT.parent / "shared"))
 
 def pytest_addoption(parser):
     parser.addoption("--write-tables", action="store_true", help="write the tables of docs/ that tests make")
+    parser.addoption("--thorough", action="store_true", help="with the tests marked thorough")
     parser.addoption(
         "--record-traces", action="store_true", help="record what tests/test_golden_traces.py compares with"
     )
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--thorough") or config.getoption("--write-tables"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("thorough")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
+
+
+def thorough_but(cases, always):
+    """Parameters of a test of which only some are tried in every run, the others with --thorough."""
+    return [pytest.param(case, marks=() if case in always else pytest.mark.thorough) for case in cases]
 
 
 @pytest.fixture(scope="session")

@@ -88,7 +88,7 @@ def gflops_of(model: Model, size: tuple[int, int]) -> float:
     """GFLOPs of a network on one slice (H, W) in evaluation, computed without its weights."""
     with torch.device("meta"):
         network = model.build().eval()
-        return gflops(network, example(network, size, model.in_channels))
+    return gflops(network, example(network, size, model.in_channels))
 
 
 @torch.no_grad()

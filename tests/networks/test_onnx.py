@@ -1,11 +1,10 @@
 """Every network as an ONNX file."""
 
-import os
 import re
 
 import pytest
 import torch
-from conftest import ROOT, model_card
+from conftest import ROOT, model_card, thorough_but
 from torch import nn
 
 from data_tools.errors import UserError
@@ -20,8 +19,7 @@ BOUND = {"pspnet", "unet2022", "universeg"}
 """Networks that are exported for slices of one size: adaptive pooling is, windows shrink and shift with the size, and a
 support set has a size of its own."""
 ALWAYS = {"enet", "pspnet", "unet"}
-"""Networks that are exported in every run of the tests; the others, a minute each, are where tables are written, or
-where they are asked for by SPARK_DIST_ALL_NETWORKS=1."""
+"""Networks that are exported in every run of the tests; the others take up to a minute each."""
 ROWS: dict[str, tuple[str, str]] = {}
 """Each network's slices and figures in docs/export.md, as its test has found them."""
 
@@ -42,11 +40,8 @@ def settled(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(NETWORKS))
-def test_a_network_has_the_same_logits_by_onnxruntime(name, tmp_path, request):
-    wanted = request.config.getoption("--write-tables") or os.environ.get("SPARK_DIST_ALL_NETWORKS")
-    if name not in ALWAYS and not wanted:
-        pytest.skip("a minute a network; set SPARK_DIST_ALL_NETWORKS=1")
+@pytest.mark.parametrize("name", thorough_but(sorted(NETWORKS), ALWAYS))
+def test_a_network_has_the_same_logits_by_onnxruntime(name, tmp_path):
     network, slices = settled(name)
     card = model_card(network=name, width=0.1, spec=SliceSpec("organ", Crop(CROP)))
     if name in UNEXPORTABLE:

@@ -11,10 +11,8 @@ import os
 import sys
 from pathlib import Path
 
-import matplotlib.pyplot  # noqa: F401
-import mlflow  # noqa: F401
-import monai.metrics.utils
 import torch
+from late_imports import before_forks
 
 from spark_dist.cli import main
 
@@ -36,10 +34,9 @@ def run(task: dict) -> int:
 
 if __name__ == "__main__":
     groups = json.load(sys.stdin)
-    # What is imported late is imported once, before the forks.
-    dir(monai.metrics.utils)
     for command in ("train", "distill"):
         main([command, "--no-such-option"])
+    before_forks()
     # A process has one task: what a job leaves in memory does not reach the next.
     pool = multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1)
     for group in groups:

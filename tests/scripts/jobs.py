@@ -7,7 +7,6 @@ Reads a JSON object a line: `command` (a module of spark_dist or a script beside
 in bytes. Answers with the processes' exit codes, negative for signals, and the name of the file with their output.
 """
 
-import gc
 import io
 import json
 import os
@@ -21,10 +20,8 @@ import threading
 import time
 from pathlib import Path
 
-import matplotlib.pyplot  # noqa: F401
-import mlflow  # noqa: F401
-import monai.metrics.utils
 import torch
+from late_imports import before_forks
 
 import spark_dist.data.cache
 import spark_dist.distill
@@ -37,7 +34,6 @@ import spark_dist.training.tracking
 import spark_dist.training.validation
 from data_tools.errors import UserError
 from spark_dist.cli import command
-from spark_dist.networks import build_network
 
 torch.set_num_threads(1)
 
@@ -152,10 +148,6 @@ def run(job):
 
 def serve():
     """Answer line by line."""
-    # What is imported late, and what the forks' garbage collection need not look at.
-    dir(monai.metrics.utils)
-    with torch.device("meta"):
-        build_network("enet")
-    gc.freeze()
+    before_forks()
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)

@@ -161,7 +161,7 @@ def test_two_and_three_processes_train_as_one_does(launch, tiny_store, tmp_path)
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_channels_last_and_compiled_it_trains_alike(jobs, tiny_store, tmp_path):
     """The weights that differ show that the options do something."""
-    command = ("--dataset", tiny_store, *SMALL, "--log-every", 1, "--network", "enet", "--width", 0.25, "--epochs", 1)
+    command = ("--dataset", tiny_store, *SMALL, "--log-every", 1, "--network", "unet", "--width", 0.05, "--epochs", 1)
     ways = {"plain": (), "last": ("--channels-last", "true"), "compiled": ("--compile", "true")}
     logged, weights = {}, {}
     for name, options in ways.items():
@@ -178,19 +178,22 @@ def test_channels_last_and_compiled_it_trains_alike(jobs, tiny_store, tmp_path):
         assert not all(torch.equal(weights[name][key], value) for key, value in weights["plain"].items())
 
 
-@pytest.mark.launch
 @pytest.mark.slow
-def test_figures_do_not_depend_on_the_number_of_processes(launch, tiny_store, tmp_path):
+def test_figures_do_not_depend_on_the_number_of_processes(jobs, tiny_store, tmp_path):
+    def run(processes, *command):
+        codes, log = jobs(*command, folder=tmp_path, processes=processes)
+        assert not any(codes), log
+
     data = ("--dataset", tiny_store)
-    launch(1, "train", *data, *SMALL, "--network", "enet", "--width", 0.25, "--epochs", 1, "--out", "a", cwd=tmp_path)
+    run(1, "train", *data, *SMALL, "--network", "enet", "--width", 0.25, "--epochs", 1, "--out", "a")
+    checkpoint = tmp_path / "a" / "network" / "best.safetensors"
     for processes in (1, 2, 3):
-        checkpoint = tmp_path / "a" / "network" / "best.safetensors"
-        launch(processes, "evaluate", checkpoint, *data, "--out", f"{processes}.json", cwd=tmp_path)
+        run(processes, "evaluate", checkpoint, *data, "--out", f"{processes}.json")
     one, two, three = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2, 3))
     assert len(one["cases"]) == 3
     assert one == two == three
     assert one["cases"] == json.loads((tmp_path / "a" / "network" / "test_cases.json").read_text())["cases"]
-    launch(1, "evaluate", checkpoint, *data, "--surface-tolerance", 1000, "--out", "far.json", cwd=tmp_path)
+    run(1, "evaluate", checkpoint, *data, "--surface-tolerance", 1000, "--out", "far.json")
     far = json.loads((tmp_path / "far.json").read_text())
     assert far["surface_tolerance"] == 1000
     for name, figures in far["cases"].items():
