@@ -4,7 +4,8 @@ One volume in int16 becomes a label map: by the `Predictor` that `spark-dist pre
 slices (a `SlidingWindowInferer` whose window is the plane) between MONAI's windowing and an argmax; beside both, the
 network's own forward passes over slices that are prepared already. The same network, batch, torch and threads. They
 take turns, in an order that is drawn anew for each round, so that what else the machine does falls on all alike; a
-figure is the median of the rounds. Reading and writing files is not measured.
+figure is the median of the rounds. Reading and writing files is not measured. Freed memory is kept, as by all commands
+of spark-dist; --glibc leaves that to glibc's defaults, as any other program does.
 
 On a machine that others use as well, `--clock cpu --threads 1` counts the seconds of all of the process's threads in
 place of the wall clock's.
@@ -25,6 +26,7 @@ from monai.transforms import ScaleIntensityRange
 
 from data_tools.preparation import Preparation
 from data_tools.scans import scan_of
+from spark_dist.cli import keep_freed_memory
 from spark_dist.data.views import Crop, SliceSpec
 from spark_dist.evaluation.inference import BATCH
 from spark_dist.evaluation.prediction import Predictor
@@ -100,7 +102,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--glibc", action="store_true", help="do not keep freed memory")
     options = parser.parse_args()
+    if not options.glibc:
+        keep_freed_memory()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     network = build_network(options.network, width=options.width).eval()
@@ -122,7 +127,8 @@ def main() -> None:
     machine = f"torch {torch.__version__}, {platform.processor() or platform.machine()}"
     about = (
         f"{options.network}, {options.side}×{options.side}×{options.slices}, {options.threads} threads, "
-        f"{options.clock} clock, median of {options.rounds} rounds, {machine}; {100 * agree:.3f} % of voxels have the "
+        f"{options.clock} clock, median of {options.rounds} rounds, {machine}, freed memory "
+        f"{'given back' if options.glibc else 'kept'}; {100 * agree:.3f} % of voxels have the "
         "same label by predict and by MONAI."
     )
     text = table(measure(work, options.rounds, clock), about)
