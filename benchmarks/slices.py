@@ -9,7 +9,7 @@ results/slices.json, and is not computed again; results/slices.md is made of it,
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 from benchmarks.jobs import Finding, arguments_of, begin, collect, hippocampus, run_job
 from data_tools.files import write_text
@@ -67,7 +67,7 @@ def report(findings: Mapping[str, Finding]) -> None:
         "# Augmentation, slices, steps: hippocampus, 120 labelled cases, enet alone",
         "",
         "`python -m benchmarks.slices`: 20 val and 60 test cases, 16 slices a step, means over seeds; the interval of",
-        "the test Dice is over seeds and cases.",
+        "the test Dice is over seeds and cases; minutes are the median.",
         "",
         "| augmentation | slices | steps | seeds | val Dice | test Dice | HD95, mm | minutes |",
         "|---|---|---|---|---|---|---|---|",
@@ -77,7 +77,7 @@ def report(findings: Mapping[str, Finding]) -> None:
         if not runs:
             lines.append(f"| {augment} | {slices} | {steps} | not run | | | | |")
             continue
-        val, minutes = mean(run.val for run in runs), mean(run.minutes for run in runs)
+        val, minutes = mean(run.val for run in runs), median(run.minutes for run in runs)
         dice, far = (over_seeds(values) for values in zip(*((run.dice, run.hd95) for run in runs), strict=True))
         lines.append(
             f"| {augment} | {slices} | {steps} | {len(runs)} | {val:.4f} | {dice['mean']:.4f} "
