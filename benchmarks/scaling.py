@@ -5,9 +5,9 @@ that what else the machine does falls on all alike: one process alone; two at th
 other; two under DistributedDataParallel with gloo. Efficiency is the time of the first over that of the third; the
 second says how much of what is missing is the machine's (cores, caches, memory) and not the communication's.
 
-Each turn is two steps, of which the second counts. The processes keep freed memory (`KEEP`): else glibc gives some back
-after each step of the third kind, and the system has 20,000 pages to clear in the next one. A job has 200 (minor faults
-of `spark_dist.train` with 8 epochs less those with 2, by steps).
+Each turn is two steps, of which the second counts. The processes keep freed memory, as all commands do: else glibc
+gives some back after each step of the third kind, and the system has 20,000 pages to clear in the next one. A job has
+200 (minor faults of `spark_dist.train` with 8 epochs less those with 2, by steps).
 """
 
 import argparse
@@ -21,15 +21,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
+from spark_dist.cli import keep_freed_memory
 from spark_dist.networks import build_network
 from spark_dist.training.distributed import DDP
 
 TARGET = 0.9
-KEEP = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
 
 
 def work(rank: int, port: int, options: argparse.Namespace) -> None:
     """Measure in one of the two processes; the first prints."""
+    keep_freed_memory()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -102,7 +103,6 @@ def main() -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    os.environ |= KEEP
     mp.spawn(work, args=(port, options), nprocs=2)
 
 

@@ -13,6 +13,7 @@ from statistics import mean, median
 
 from benchmarks.jobs import Finding, arguments_of, begin, collect, hippocampus, run_job
 from data_tools.files import write_text
+from data_tools.options import parse_part
 from spark_dist.evaluation.intervals import over_seeds
 
 RESULTS = Path(__file__).parent / "results"
@@ -95,7 +96,7 @@ def main() -> None:
     if not options.report:
         begin(work)
         store = hippocampus(options.nifti, work, "organ=1,tumour=2")
-        part, parts = map(int, options.part.split("/"))
+        part, parts = parse_part(options.part)
         for job in jobs()[part - 1 :: parts]:
             steps, augment, slices, seed = job
             if steps not in options.steps or name(*job) in findings_of(work):

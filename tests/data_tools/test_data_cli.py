@@ -212,7 +212,7 @@ TELLING += [
     "1" * 30,
 ]
 PLACES = ["s.zarr", "kits", "theirs", "theirs/index.html", "theirs/zarr.json", "out", "out/new.nii.gz", "out/x.png"]
-PLACES += ["masks", "../work/out/p", "nowhere", "", "theirs/notes.txt/x", "l" * 300, "{x}_$y", "lists.json", "out/[/x]"]
+PLACES += ["masks", "../here/out/p", "nowhere", "", "theirs/notes.txt/x", "l" * 300, "{x}_$y", "lists.json", "out/[/x]"]
 
 
 def values_of(action):
@@ -269,7 +269,7 @@ def lines(draw, command):
 @pytest.fixture(scope="module")
 def work(prepared, tmp_path_factory):
     """A folder with a data set, its store, and what is somebody else's."""
-    folder = tmp_path_factory.mktemp("any") / "work"
+    folder = tmp_path_factory.mktemp("any") / "here"
     shutil.copytree(prepared.parent / "kits", folder / "kits", ignore=lambda *_: ["case_00002", "case_00003"])
     options = ["--layout", "kits", "--labels", "organ=1,tumour=2", "--workers", "1"]
     assert main(["prepare", str(folder / "kits"), str(folder / "s.zarr"), *options]) == 0
@@ -319,6 +319,6 @@ def test_any_values_of_all_options(work, monkeypatch, capsys, command):
         if "--replace" not in line:
             assert stored.items() <= all_files(work / "s.zarr").items()
         assert set(os.listdir(work)) <= names
-        assert os.listdir(work.parent) == ["work"]
+        assert os.listdir(work.parent) == ["here"]
 
     check()
