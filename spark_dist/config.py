@@ -64,7 +64,8 @@ class DataOptions(Options):
     mirror: bool = True
     """Flips are a part of augmentation; leave them out where left and right differ."""
     quarter_turns: bool = True
-    """Quarter turns are a part of augmentation, where the crop is a square; half turns are in any case."""
+    """Quarter turns are a part of augmentation, half turns where the crop is no square. With neither these nor
+    --mirror, slices stay upright."""
     views: Annotated[int, Bounds(at_least=-1, at_most=2**20)] = 0
     """How many views each slice has, which a teacher cache can keep (0: one for none, one for each orientation for
     flips, eight for full or crops from anywhere; -1: a new view in each epoch, which no cache can keep)."""

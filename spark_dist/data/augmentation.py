@@ -27,7 +27,8 @@ class Views:
     mirror: bool = True
     """Flips are among the orientations."""
     quarter_turns: bool = True
-    """Quarter turns are among the orientations, where the crop is a square."""
+    """Quarter turns are among the orientations, in a crop that is no square half turns only. Two flips are a half turn,
+    too, so that only without `mirror` and without these everything stays upright."""
     anywhere: bool = False
     """Crops lie anywhere in the plane, a third of them around a voxel of the target, instead of all at one place."""
     number: int = 0
@@ -41,6 +42,8 @@ class Views:
             return (0,)
         rows, columns = self.crop.size
         turns = range(4) if self.quarter_turns and rows == columns else (0, 2)
+        if not self.mirror and not self.quarter_turns:
+            turns = (0,)
         return tuple(turn + flip for flip in ((0, 4) if self.mirror else (0,)) for turn in turns)
 
     @property

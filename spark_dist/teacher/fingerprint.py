@@ -14,7 +14,7 @@ from spark_dist.data.cache import CacheLayout, TeacherCache
 from spark_dist.distillers.base import Distiller
 from spark_dist.networks.base import NetworkOutput, Taps
 
-VERSION = 3
+VERSION = 4
 
 
 def weights_hash(network: nn.Module) -> str:

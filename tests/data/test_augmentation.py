@@ -45,7 +45,8 @@ def test_none_is_the_crop_and_flips_are_its_orientations(shift):
         ({}, (0, 1, 2, 3, 4, 5, 6, 7)),
         ({"mirror": False}, (0, 1, 2, 3)),
         ({"quarter_turns": False}, (0, 2, 4, 6)),
-        ({"mirror": False, "quarter_turns": False}, (0, 2)),
+        ({"mirror": False, "quarter_turns": False}, (0,)),
+        ({"mirror": False, "crop": Crop((32, 16))}, (0, 2)),
         ({"crop": Crop((32, 16))}, (0, 2, 4, 6)),
     ],
 )
