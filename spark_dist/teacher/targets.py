@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -66,18 +67,43 @@ class TeacherTargets:
             self.hits += len(batch.keys)
             targets = decode(batch.targets)
         else:
-            self.forwards += len(batch.keys)
-            self.damaged += len(batch.damaged)
             image, mask = batch.image, batch.mask
             if turns is not None:
                 image, mask = upright_batch(image, turns), upright_batch(mask, turns)
-            targets = self.compute(image, mask, batch.known)
-            if self.cache is not None:
-                self.cache.mark_missing(batch.damaged)
-                targets = self.cache.add(self.cache.layout.stored(batch.keys), targets)
+            targets = self.looked_up(batch, image, mask)
         if turns is None:
             return targets
         return {name: orient_batch(x, turns) if x.ndim > 2 else x for name, x in targets.items()}
+
+    def looked_up(self, batch: Batch, image: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """The targets of a batch that was not read as a whole, for its images and masks as the cache has them.
+
+        With a cache, its slices with ground truth and those without are each looked up, or computed, on their own: the
+        few with labels come back long before all of the others were seen once. These two parts are never divided
+        further, so that what is computed does not depend on what is there, not even in its rounding.
+        """
+        if self.cache is None:
+            self.forwards += len(batch.keys)
+            return self.compute(image, mask, batch.known)
+        self.damaged += len(batch.damaged)
+        self.cache.mark_missing(batch.damaged)
+        if batch.known is None:
+            return self.of_part(batch.keys, image, mask, None)
+        known = batch.known.cpu().numpy()
+        parts = [part for part in map(np.flatnonzero, (known, ~known)) if len(part)]
+        found = [self.of_part(batch.keys[part], image[part], mask[part], batch.known[part]) for part in parts]
+        place = np.argsort(np.concatenate(parts))
+        return {name: torch.cat([part[name] for part in found])[place] for name in found[0]}
+
+    def of_part(self, keys: np.ndarray, image: Tensor, mask: Tensor, known: Tensor | None) -> dict[str, Tensor]:
+        """The targets of a part of a batch, from the cache if all are there."""
+        entries = self.cache.read(keys)
+        self.damaged += len(entries.damaged)
+        if entries.arrays is not None:
+            self.hits += len(keys)
+            return decode({name: x.to(image.device) for name, x in entries.arrays.items()})
+        self.forwards += len(keys)
+        return self.cache.add(self.cache.layout.stored(keys), self.compute(image, mask, known))
 
     @torch.no_grad()
     def compute(self, image: Tensor, mask: Tensor, known: Tensor | None = None) -> dict[str, Tensor]:

@@ -21,10 +21,13 @@ from data_tools.store import open_store, write_case, write_split
 from spark_dist.cli import main
 from spark_dist.config import DistillOptions
 from spark_dist.data.batches import Batch, SliceDataset
+from spark_dist.data.cache import CacheLayout, TeacherCache
+from spark_dist.data.number_formats import PREDICTION
 from spark_dist.data.order import EpochSampler, Order
 from spark_dist.data.slices import SliceTable
 from spark_dist.data.views import Crop, SliceSpec
 from spark_dist.distillers import DISTILLERS, build_distiller
+from spark_dist.losses import margin
 from spark_dist.networks import build_network
 from spark_dist.networks.checkpoint import save_network
 from spark_dist.teacher.targets import TeacherTargets
@@ -213,6 +216,30 @@ def test_every_method_takes_a_step_with_slices_without_ground_truth(method):
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
         found.append({name: p.grad for name, p in model.named_parameters()})
     assert all(torch.equal(gradient, found[1][name]) for name, gradient in found[0].items())
+
+
+def test_slices_with_labels_come_from_the_cache_beside_others_that_are_new(tmp_path):
+    """Of a batch with both kinds, each kind is read if it is there, whatever the other; to the bit as computed anew."""
+    torch.manual_seed(0)
+    teacher = undecided(build_network("unet", width=0.05))
+    distiller = build_distiller("soft", student=teacher.taps, teacher=teacher.taps, samples=6)
+    layout = CacheLayout(6, {"margin": [1, 32, 32], PREDICTION: [32, 32]}, "float32", views=1)
+    image, label = torch.randn(6, 1, 32, 32), torch.rand(6, 1, 32, 32).round()
+    mask, known = torch.cat([1 - label, label], dim=1), torch.tensor([True, False, True, True, False, False])
+
+    def targets():
+        return TeacherTargets(teacher, distiller, TeacherCache(tmp_path, layout), nullcontext, predicts=True)
+
+    def batch(rows):
+        return Batch(image[rows], mask[rows], torch.tensor(rows), known[rows], np.array(rows), None)
+
+    first, later = targets(), targets()
+    first(batch([0, 1, 2]))
+    first.flush()
+    (_, found), (_, computed) = later(batch([2, 4, 0, 5])), targets()(batch([2, 4, 0, 5]))
+    assert (later.hits, later.forwards) == (2, 2)
+    assert torch.equal(found["margin"], computed["margin"])
+    torch.testing.assert_close(found["margin"], margin(teacher.eval()(image[[2, 4, 0, 5]]).logits))
 
 
 @pytest.mark.parametrize(
