@@ -91,12 +91,12 @@ def draw(generator, count, processes):
 @pytest.mark.parametrize(
     ("processes", "workers", "accumulate", "faults", "options"),
     [
-        (1, 0, 1, 6, ""),
-        (2, 0, 2, 6, ""),
+        (1, 0, 1, 5, ""),
+        (2, 0, 2, 5, ""),
         pytest.param(1, 0, 1, 12, "", marks=pytest.mark.thorough),
         pytest.param(2, 0, 2, 12, "", marks=pytest.mark.thorough),
         (1, 2, 2, 3, ""),
-        (2, 2, 1, 3, ""),
+        (2, 2, 1, 2, ""),
         (1, 0, 1, 5, "--slices mixed --target-share 0.3"),
         (1, 1, 1, 4, "--slices all --augment full --crop-at anywhere --views 3"),
         (1, 0, 1, 5, "--slices all --task organ,tumour --context 1"),
