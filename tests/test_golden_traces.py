@@ -4,7 +4,8 @@ On a machine that is in that file everything is equal to the bit. On another, su
 agree to rounding. Adam turns the rounding of a gradient near zero into a step of the learning rate, which then grows:
 within thirty steps to a part in ten with the default rate. Hence the small one here.
 
-Whoever changes on purpose what is computed records anew: python -m pytest tests/test_golden_traces.py --thorough --record-traces
+Whoever changes on purpose what is computed records anew:
+python -m pytest tests/test_golden_traces.py --thorough --record-traces
 """
 
 import hashlib
