@@ -71,7 +71,7 @@ def interrupt(jobs, arguments, folder, processes, faults):
 
 
 def draw(generator, count, processes):
-    """Faults of all kinds at all places, most of them at steps."""
+    """Faults of all kinds at all places, three or more, most of them at steps."""
     places = ["step"] * (count - 3) + ["checkpoint", "evaluation", "cache"]
     signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1] * count
     generator.shuffle(places)
@@ -96,7 +96,7 @@ def draw(generator, count, processes):
         pytest.param(1, 0, 1, 12, "", marks=pytest.mark.thorough),
         pytest.param(2, 0, 2, 12, "", marks=pytest.mark.thorough),
         (1, 2, 2, 3, ""),
-        (2, 2, 1, 2, ""),
+        (2, 2, 1, 3, ""),
         (1, 0, 1, 5, "--slices mixed --target-share 0.3"),
         (1, 1, 1, 4, "--slices all --augment full --crop-at anywhere --views 3"),
         (1, 0, 1, 5, "--slices all --task organ,tumour --context 1"),
