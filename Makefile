@@ -7,7 +7,7 @@ TESTED := PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1
 
 .PHONY: quickstart test test-thorough lint bench clean
 
-quickstart: $(INSTALLED)  ## the main job on synthetic CT, in a few minutes on two CPU cores
+quickstart: $(INSTALLED)  ## the main job on synthetic CT, a quarter to half an hour on two CPU cores
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/quickstart.sh
 
 test: $(INSTALLED)  ## all tests, in two processes; those of a file in the same one

@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:-quickstart}")
-cases=${CASES:-80}
+cases=${CASES:-128}
 tracking="sqlite:///$out/mlflow.db"
 recipe=(--config launch/recipes/phantom.yaml --dataset "$out/phantom.zarr" --tracking-uri "$tracking")
 recipe+=(${SEED:+--seed "$SEED"} ${STEPS:+--steps "$STEPS"})
@@ -19,7 +19,7 @@ step() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 step "Synthetic CT volumes (NIfTI) → slice store (Zarr)"
 [ -d "$out/nifti" ] || { spark-data phantom "$out/nifti.part" --cases "$cases" --size 64 && mv "$out/nifti.part" "$out/nifti"; }
 spark-data prepare "$out/nifti" "$out/phantom.zarr" --layout kits --labels organ=1,tumour=2
-[ -d "$out/phantom.zarr/splits/default" ] || spark-data split "$out/phantom.zarr" --train 0.6 --val 0.1 --test 0.3 --hide-labels "$((cases * 6 / 10 - 4))"
+[ -d "$out/phantom.zarr/splits/default" ] || spark-data split "$out/phantom.zarr" --train 0.375 --val 0.125 --test 0.5 --hide-labels "$((cases * 3 / 8 - 4))"
 
 step "The student alone, on the 4 labelled cases (2 processes)"
 "${launch[@]}" -m spark_dist.train "${recipe[@]}" --network enet --views -1 --out "$out/student-alone"

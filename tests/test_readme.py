@@ -91,7 +91,7 @@ def test_every_option_has_its_help(command, capsys):
 def test_the_quickstart_runs_from_volumes_to_the_comparison(tmp_path):
     script = ["bash", ROOT / "launch" / "quickstart.sh", tmp_path]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | {"CASES": "10", "STEPS": "10", "PATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "140"}
+    environment = os.environ | {"CASES": "16", "STEPS": "10", "PATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "140"}
     result = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert result.returncode == 0, result.stdout + result.stderr[-4000:]
     table = result.stdout.split("Comparison on the test cases")[1]
